@@ -1,0 +1,695 @@
+"""Request Statistics Tracker: counts every request under /api/ by URL path, in Redis.
+
+    any method /api/...   200 {"url": "/api/products/123/"}, the URL as counted
+    GET /stats/           [{"count": 2, "url": "/api/products/123/"}, ...], most requested first;
+                          ?limit= and ?offset= page it; X-Total-Count is the number of URLs
+    GET /stats/api/...    one URL: {"count": 2, "url": "/api/products/123/", "rank": 1}, or 404
+    POST /test/<n>/       sends n random requests to this server and reports on them;
+                          ?seed= repeats a run, ?concurrency= is 1 to 256 (32)
+    GET /health           {"status": "healthy", "redis": "connected", ...}, or 503
+
+A request counts once, when it arrives, under its decoded path with a trailing slash. Its answer
+means that the hit is in the store. Errors are JSON: {"error": "what is wrong, what is right"}.
+
+    HOST               --host        127.0.0.1
+    PORT               --port        5000
+    REDIS_URL          --redis-url   unset: redis://localhost:6379/0 if it answers, else memory
+    MAX_TEST_REQUESTS                100000 in one test run; 0 turns /test/ off
+    MAX_URLS                         10000000; a new URL beyond them counts as "(other)"
+    LOG_FORMAT                       text on a terminal, else json
+
+Limits, on purpose: a path has at most 2,048 characters. While Redis is away, hits of at most
+100,000 URLs are held in memory. A list read while counts change can repeat or miss a URL that moves
+from page to page. The in-memory store, for demos, sorts everything for every list.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import random
+import re
+import secrets
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from itertools import count, islice
+from typing import Any, Self
+
+import aiohttp
+from aiohttp import web
+from pythonjsonlogger.core import RESERVED_ATTRS, merge_record_extra
+from pythonjsonlogger.json import JsonFormatter
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+from yarl import URL
+
+try:
+    import uvloop
+except ImportError:  # Windows has none
+    uvloop = None  # type: ignore[assignment]
+
+log = logging.getLogger("server")
+
+# --- Configuration --------------------------------------------------------------------------------
+# Read once, by whoever calls create_app(). A bad value ends the start with one line that names it:
+# nobody should read a traceback to find a typo.
+
+
+class UserError(Exception):
+    """Somebody's mistake. The message is one line: what is wrong, and what would be right."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    host: str
+    port: int
+    redis_url: str
+    max_test_requests: int
+    max_urls: int
+    log_format: str
+
+    @classmethod
+    def load(cls, env: Mapping[str, str]) -> Self:
+        """Settings from environment variables; an empty one is unset. Raises UserError."""
+        log_format = env.get("LOG_FORMAT") or ("text" if sys.stderr.isatty() else "json")
+        if log_format not in ("text", "json"):
+            raise UserError(f"LOG_FORMAT={log_format!r}: use text or json")
+        return cls(
+            host=env.get("HOST") or "127.0.0.1",
+            port=whole_number("PORT", env.get("PORT") or "5000", 0, 65_535),
+            redis_url=env.get("REDIS_URL") or "",
+            max_test_requests=whole_number(
+                "MAX_TEST_REQUESTS", env.get("MAX_TEST_REQUESTS") or "100000"
+            ),
+            max_urls=whole_number("MAX_URLS", env.get("MAX_URLS") or "10000000", 1),
+            log_format=log_format,
+        )
+
+
+def whole_number(name: str, text: str, low: int = 0, high: int = 10**15) -> int:
+    """The number that text spells in ASCII digits. Raises UserError."""
+    if not re.fullmatch("[0-9]{1,16}", text) or not low <= int(text) <= high:
+        raise UserError(f"{name}={text!r}: use a whole number from {low} to {high}")
+    return int(text)
+
+
+# --- Stores ---------------------------------------------------------------------------------------
+# Redis and memory answer to the same methods, and the rest of the program does not know which it
+# has. All Redis commands stand here. The keys:
+#   url_count:<url>        the count, raised by INCRBY: the truth
+#   url_rank               sorted set url -> count, set to what INCRBY returned, so it cannot drift
+#   url_total              the sum of url_rank
+#   url_commit:<instance>  the last sequence number that was applied for one server, for 24 hours
+#   url_schema             the version of this layout, 1
+
+DEFAULT_REDIS_URL = "redis://localhost:6379/0"
+OTHER = "(other)"
+PAGE = 1000  # URLs read or written in one go: a few milliseconds of Redis's time
+
+# KEYS: url_commit:<instance> url_rank url_total url_count:(other) url_count:<url>...
+# ARGV: sequence number, MAX_URLS, the hits of each URL. Returns the keys that hold no number.
+# What Redis refuses it refuses by the first write, SET: a batch is applied whole or not at all.
+# After that only pcall, because an error in a script rolls nothing back.
+COMMIT = """
+local urls = redis.call('ZCARD', KEYS[2])
+if tonumber(ARGV[1]) <= tonumber(redis.call('GET', KEYS[1]) or 0) then return {} end
+redis.call('SET', KEYS[1], ARGV[1], 'EX', 86400)
+if urls == 0 then redis.call('DEL', KEYS[3]) end
+local prefix, room, total, spoiled = #KEYS[4] - #'(other)', ARGV[2] - urls, 0, {}
+for i = 5, #KEYS do
+  local key = KEYS[i]
+  if room < #KEYS and redis.call('EXISTS', key) == 0 then
+    room = room - 1
+    if room < 0 then key = KEYS[4] end
+  end
+  local count, url = redis.pcall('INCRBY', key, ARGV[i - 2]), key:sub(prefix + 1)
+  if type(count) == 'number' then
+    total = total + count - (redis.call('ZSCORE', KEYS[2], url) or 0)
+    redis.call('ZADD', KEYS[2], count, url)
+  else
+    spoiled[#spoiled + 1] = key
+  end
+end
+redis.pcall('INCRBY', KEYS[3], total)
+return spoiled
+"""
+
+
+class RedisStore:
+    """Counts in Redis. All methods raise RedisError when Redis does not do it within a second."""
+
+    state = "connected"
+
+    def __init__(self, url: str, max_urls: int) -> None:
+        # redis-py may not retry: it cannot know whether a commit was applied. RESP2, because with
+        # RESP3 its pool hands out connections that Redis has closed (redis-py issue 4252).
+        options: dict[str, Any] = {"protocol": 2, "retry": Retry(NoBackoff(), 0)}
+        options |= {"socket_timeout": 1, "socket_connect_timeout": 1}
+        # Commits have a connection of their own: no crowd of readers holds one up.
+        self.writer = Redis.from_url(url, **options)
+        pool = BlockingConnectionPool.from_url(url, max_connections=16, timeout=1, **options)
+        self.reader = Redis.from_pool(pool)
+        self.script = self.writer.register_script(COMMIT)
+        self.max_urls = max_urls
+        self.spoiled: set[bytes] = set()
+
+    async def open(self) -> None:
+        """Index the counts that an earlier version left: commit 0 hits to each, a page at a time.
+
+        Whatever another server does meanwhile, the result is the same.
+        """
+        if await self.writer.exists("url_schema", "url_rank") == 2:
+            return
+        instance, urls, cursor, report_at = secrets.token_hex(8), 0, 0, 0.0
+        for page in count(1):
+            scanned: Any = await self.writer.scan(cursor, "url_count:*", PAGE, "STRING")
+            cursor, keys = scanned
+            found = [key.decode(errors="surrogateescape") for key in keys]
+            await self.commit(instance, page, {key.removeprefix("url_count:"): 0 for key in found})
+            urls += len(keys)
+            if keys and (not cursor or time.monotonic() > report_at):
+                report_at = time.monotonic() + 1
+                log.info("indexing earlier counts", extra={"urls": urls, "done": not cursor})
+            if not cursor:
+                break
+        await self.writer.set("url_schema", 1)
+
+    async def commit(self, instance: str, sequence: int, hits: Mapping[str, int]) -> None:
+        """Add hits {url: n}, but once: nothing if instance has used that sequence number."""
+        keys = [f"url_commit:{instance}", "url_rank", "url_total"]
+        keys += [f"url_count:{url}" for url in (OTHER, *hits)]
+        for key in await self.script(
+            [key.encode(errors="surrogateescape") for key in keys],
+            [sequence, self.max_urls, *hits.values()],
+        ):
+            if key not in self.spoiled:
+                self.spoiled.add(key)
+                log.error("not a number, its hits are lost", extra={"key": key.decode()})
+
+    async def totals(self) -> tuple[int, int]:
+        """The sum of all counts, and the number of URLs."""
+        hits = await self.reader.get("url_total")
+        return int(hits or 0), await self.reader.zcard("url_rank")
+
+    async def find(self, url: str) -> tuple[int, int] | None:
+        """Count and rank (1 for the most requested) of one URL."""
+        hits = await self.reader.zscore("url_rank", url)
+        ahead: Any = await self.reader.zrevrank("url_rank", url)
+        return None if hits is None or ahead is None else (int(hits), ahead + 1)
+
+    async def ranked(self, offset: int, limit: int) -> AsyncIterator[list[tuple[str, int]]]:
+        """Pages of (url, count), most requested first, equal counts by descending URL."""
+        for start in range(offset, offset + limit, PAGE):
+            end = min(start + PAGE, offset + limit)
+            rows: Any = await self.reader.zrevrange("url_rank", start, end - 1, withscores=True)
+            if not rows:
+                return
+            yield [(url.decode(errors="replace"), int(hits)) for url, hits in rows]
+
+    async def aclose(self) -> None:
+        await self.writer.aclose()
+        await self.reader.aclose()
+
+
+class MemoryStore:
+    """The same methods on a dictionary."""
+
+    state = "in-memory"
+
+    def __init__(self, max_urls: int) -> None:
+        self.max_urls = max_urls
+        self.counts: Counter[str] = Counter()
+
+    async def commit(self, instance: str, sequence: int, hits: Mapping[str, int]) -> None:
+        for url, n in hits.items():
+            fits = url in self.counts or len(self.counts) < self.max_urls
+            self.counts[url if fits else OTHER] += n
+
+    async def totals(self) -> tuple[int, int]:
+        return self.counts.total(), len(self.counts)
+
+    async def find(self, url: str) -> tuple[int, int] | None:
+        me = (self.counts[url], url)
+        ahead = sum((n, other) > me for other, n in self.counts.items())
+        return (me[0], ahead + 1) if me[0] else None
+
+    async def ranked(self, offset: int, limit: int) -> AsyncIterator[list[tuple[str, int]]]:
+        rows = sorted(self.counts.items(), key=lambda row: (row[1], row[0]), reverse=True)
+        for start in range(offset, min(offset + limit, len(rows)), PAGE):
+            yield rows[start : min(start + PAGE, offset + limit)]
+
+    async def aclose(self) -> None: ...
+
+
+Store = RedisStore | MemoryStore
+
+
+async def connect(redis_url: str, max_urls: int) -> Store:
+    """A store that is ready to count. Raises UserError."""
+    url = redis_url or DEFAULT_REDIS_URL
+    shown = re.sub(r"(?<=//).*@|(?<=password=)[^&]*", "***@", url)
+    try:
+        store = RedisStore(url, max_urls)
+        await store.open()
+    except ValueError:  # its text may quote a part of the password
+        raise UserError(f"REDIS_URL={shown}: use redis://:password@host:6379/0") from None
+    except RedisError as error:
+        await store.aclose()
+        if redis_url:
+            raise UserError(f"REDIS_URL={shown}: {error}") from None
+        log.warning("counts are lost on exit: no redis", extra={"error": str(error)})
+        return MemoryStore(max_urls)
+    log.info("counting in redis", extra={"redis": shown})
+    return store
+
+
+# --- Group commit ---------------------------------------------------------------------------------
+# The middleware awaits hit(). One INCR a request would cost more than the rest of the request, so
+# one batch is in flight at a time, and the next one fills meanwhile. No timer: an idle server
+# commits at once, a busy one in batches that grow with the load. (DeWitt et al., SIGMOD 1984.)
+
+PATIENCE = 1.0  # seconds that a request waits for its commit
+RETRY_PAUSE = 0.1  # seconds between attempts to commit
+DRAIN_TIMEOUT = 2.0  # seconds for the last commits when the server stops
+MAX_BACKLOG = 100_000  # URLs held while the store is away
+RETRY_AFTER = {"Retry-After": "1"}
+
+
+@dataclass
+class Batch:
+    hits: dict[str, int] = field(default_factory=dict)
+    born: float = 0.0  # loop time of the first hit
+    committed: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class GroupCommit:
+    """Counts every hit in a store exactly once. Leaving its context commits what is left."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.instance, self.sequence = secrets.token_hex(8), 0
+        self.open = Batch()  # takes hits
+        self.flying = Batch()  # on its way to the store, slice by slice
+        self.slice: dict[str, int] = {}  # sent, not confirmed: perhaps applied
+        self.pending = 0  # hits taken, not confirmed
+        self.away_since = 0.0  # loop time when the store was lost; 0 while it answers
+        self.error: Exception = TimeoutError("no answer within a second")
+        self.stopping = False
+        self.wake = asyncio.Event()
+        self.loop = asyncio.get_running_loop()
+
+    async def hit(self, url: str) -> None:
+        """Count one request; return when it is in the store, or at once while that is away.
+
+        Raises 503, and does not count, when hits of too many URLs are held already.
+        """
+        batch = self.open
+        if url not in batch.hits:
+            urls = len(batch.hits) + len(self.flying.hits)
+            if urls >= MAX_BACKLOG and url not in self.flying.hits:
+                text = f"Redis is away and hits of {urls} URLs wait for it: try again later"
+                raise web.HTTPServiceUnavailable(text=text, headers=RETRY_AFTER)
+            if not batch.hits:
+                batch.born = self.loop.time()
+                self.wake.set()
+            batch.hits[url] = 0
+        batch.hits[url] += 1
+        self.pending += 1
+        if not self.away_since:  # an Event: cancelling one waiter would cancel a shared future
+            await batch.committed.wait()
+
+    async def run(self) -> None:
+        """Commit batch after batch."""
+        while self.open.hits or not self.stopping:
+            await self.wake.wait()
+            self.wake.clear()
+            batch, held = self.open, self.pending
+            self.flying, self.open = batch, Batch()
+            patience = self.loop.call_at(batch.born + PATIENCE, self.stop_waiting)
+            while batch.hits:
+                self.slice = dict(islice(batch.hits.items(), PAGE))
+                await self.commit_slice()
+            patience.cancel()
+            batch.committed.set()
+            if self.away_since and len(self.open.hits) <= PAGE:
+                seconds = round(self.loop.time() - self.away_since, 1)
+                log.info("redis is back", extra={"hits": held, "seconds": seconds})
+                self.away_since, self.open.born = 0.0, self.loop.time()
+
+    async def commit_slice(self) -> None:
+        """Send the slice, unchanged, until the store confirms its sequence number."""
+        self.sequence += 1
+        for attempt in count():
+            try:
+                await self.store.commit(self.instance, self.sequence, self.slice)
+                break
+            except Exception as error:  # whatever it is, no hit may be lost
+                self.error = error
+                await asyncio.sleep(RETRY_PAUSE if attempt else 0)
+        for url, n in self.slice.items():
+            del self.flying.hits[url]
+            self.pending -= n
+        self.slice = {}
+
+    def stop_waiting(self) -> None:
+        """The store is away: answer those who wait, and let nobody wait until it is back."""
+        if not self.away_since:
+            self.away_since = self.loop.time()
+            log.error("redis is away, hits are held", extra={"error": str(self.error)})
+        for batch in (self.flying, self.open):
+            batch.committed.set()
+            batch.committed.clear()  # whoever comes when the store is back waits again
+
+    async def __aenter__(self) -> Self:
+        self.task = asyncio.create_task(self.run())
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.stopping = True
+        self.wake.set()
+        await asyncio.wait([self.task], timeout=DRAIN_TIMEOUT)
+        self.task.cancel()
+        if self.pending:  # "sent" was applied if url_commit:<instance> has reached its sequence
+            held = Counter(self.flying.hits) + Counter(self.open.hits) - Counter(self.slice)
+            sent = {"instance": self.instance, "sequence": self.sequence, "sent": self.slice}
+            log.error("hits not committed", extra={"hits": self.pending, "held": held} | sent)
+
+
+# --- Synthetic traffic ----------------------------------------------------------------------------
+# POST /test/<n>/ requests random URLs from the very socket that it came in by: a Host header or a
+# setting could aim the traffic at somebody else.
+
+
+class TestRun:
+    """n requests drawn from a seed, and what came of them, in memory that does not grow with n."""
+
+    def __init__(self, n: int, concurrency: int, seed: int) -> None:
+        self.n, self.concurrency, self.seed = n, concurrency, seed
+        rng = random.Random(seed)
+        self.segments = [f"{segment:06x}" for segment in rng.sample(range(16**6), 3)]
+        paths = (rng.choices(self.segments, k=rng.randint(1, 6)) for _ in range(n))
+        self.urls = (f"/api/{'/'.join(path)}/" for path in paths)  # the workers share it
+        self.requested: set[str] = set()
+        self.status: Counter[int] = Counter()
+        self.errors: Counter[str] = Counter()
+        self.latencies: Counter[float] = Counter()  # in ms, to the 0.1 ms that the report gives
+
+    async def run(self, base: URL, stopping: asyncio.Event) -> dict[str, Any]:
+        """Send the requests to base, fewer if stopping gets set, and report."""
+        started = time.perf_counter()
+        connector = aiohttp.TCPConnector(limit=self.concurrency)
+        async with aiohttp.ClientSession(base, connector=connector) as session:
+            workers = [self.work(session, stopping) for _ in range(self.concurrency)]
+            await asyncio.gather(*workers)
+        return self.report(time.perf_counter() - started)
+
+    async def work(self, session: aiohttp.ClientSession, stopping: asyncio.Event) -> None:
+        for url in self.urls:
+            started = time.perf_counter()
+            try:
+                async with session.get(url, allow_redirects=False) as response:
+                    await response.read()
+                self.requested.add(url)
+                self.status[response.status] += 1
+                self.latencies[round((time.perf_counter() - started) * 1000, 1)] += 1
+            except (aiohttp.ClientError, TimeoutError) as error:
+                self.errors[type(error).__name__] += not stopping.is_set()  # it refuses new ones
+            if stopping.is_set():
+                return
+
+    def report(self, seconds: float) -> dict[str, Any]:
+        ok, answered = self.status[200], self.status.total()
+        return {
+            "requested": self.n,
+            "ok": ok,
+            "failed": answered - ok + self.errors.total(),
+            "duration_s": round(seconds, 3),
+            "requests_per_s": round(answered / seconds, 1),
+            "latency_ms": self.latency_ms() if answered else {},
+            "status": {str(code): n for code, n in self.status.items() if n},
+            "errors": +self.errors,
+            "concurrency": self.concurrency,
+            "seed": self.seed,
+            "segments": self.segments,
+            "unique_urls": len(self.requested),
+        }
+
+    def latency_ms(self) -> dict[str, float]:
+        """Percentiles are nearest-rank: pN is what N % of the requests took at most."""
+        mean = sum(ms * n for ms, n in self.latencies.items()) / self.latencies.total()
+        found, seen = {"min": min(self.latencies), "mean": round(mean, 1)}, 0
+        for ms in sorted(self.latencies):
+            seen += self.latencies[ms]
+            for p in (50, 95, 99):
+                if seen * 100 >= p * self.latencies.total():
+                    found.setdefault(f"p{p}", ms)
+        return found | {"max": max(self.latencies)}
+
+
+# --- Middleware and handlers ----------------------------------------------------------------------
+# Every request passes the one middleware: it counts before the handler runs, and makes JSON of
+# whatever goes wrong. Handlers are plain functions: parse, ask the store, answer.
+
+MAX_PATH = 2048  # characters
+HEADERS = {"X-Content-Type-Options": "nosniff"}
+HINTS = {
+    404: "nothing is here: try /api/..., /stats/, /health or POST /test/<n>/",
+    405: "the path is right, the method is not: see the Allow header",
+}
+
+SETTINGS = web.AppKey("settings", Settings)
+STORE: web.AppKey[Store] = web.AppKey("store")
+COMMITS = web.AppKey("commits", GroupCommit)
+TEST_RUN = web.AppKey("test_run", asyncio.Lock)
+STOPPING = web.AppKey("stopping", asyncio.Event)
+STARTED = web.AppKey("started", float)
+
+
+def answer(data: object, status: int = 200, headers: Mapping[str, str] = HEADERS) -> web.Response:
+    return web.json_response(data, status=status, headers=headers)
+
+
+def counted_url(path: str) -> str:
+    return path if path.endswith("/") else path + "/"
+
+
+def number(request: web.Request, name: str, default: int, low: int = 0, high: int = 10**15) -> int:
+    return whole_number(name, request.query.get(name, str(default)), low, high)
+
+
+@web.middleware
+async def count_and_guard(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    path = request.path
+    try:
+        if path.startswith("/api/"):
+            if len(path) > MAX_PATH:
+                text = f"a path has at most {MAX_PATH} characters, this one has {len(path)}"
+                raise web.HTTPRequestURITooLong(text=text)
+            await request.app[COMMITS].hit(counted_url(path))
+        return await handler(request)
+    except web.HTTPException as error:
+        failed = error
+    except UserError as error:
+        failed = web.HTTPBadRequest(text=str(error))
+    except RedisError as error:
+        text = f"Redis does not answer: {error}"
+        failed = web.HTTPServiceUnavailable(text=text, headers=RETRY_AFTER)
+    except Exception:
+        log.exception("unexpected error", extra={"path": path})
+        failed = web.HTTPInternalServerError(text="unexpected error: the server's log has it")
+    kept = {
+        name: value for name, value in failed.headers.items() if name in ("Allow", "Retry-After")
+    }
+    return answer({"error": HINTS.get(failed.status, failed.text)}, failed.status, HEADERS | kept)
+
+
+async def api(request: web.Request) -> web.Response:
+    return answer({"url": counted_url(request.path)})
+
+
+async def stats(request: web.Request) -> web.StreamResponse:
+    """Stream the ranking page by page, so that a list of any length takes the same memory."""
+    limit, offset = number(request, "limit", 10**15), number(request, "offset", 0)
+    _, urls = await request.app[STORE].totals()
+    pages = request.app[STORE].ranked(offset, limit)
+    nothing: list[tuple[str, int]] = []
+    rows = await anext(pages, nothing)  # before the headers: until then a failure can be a 503
+    response = web.StreamResponse(headers=HEADERS | {"X-Total-Count": str(urls)})
+    response.content_type = "application/json"
+    await response.prepare(request)
+    if request.method == "HEAD":
+        return response
+    opening = "["
+    try:
+        while rows:
+            page = json.dumps([{"count": hits, "url": url} for url, hits in rows])
+            await response.write((opening + page[1:-1]).encode())
+            opening = ", "
+            rows = await anext(pages, nothing)
+        await response.write(b"[]" if opening == "[" else b"]")
+    except (RedisError, ConnectionError) as error:
+        log.warning("list broken off", extra={"error": str(error)})
+        if request.transport:
+            request.transport.abort()  # a list cut short must not look whole
+    return response
+
+
+async def stats_of_url(request: web.Request) -> web.Response:
+    url = counted_url(request.path.removeprefix("/stats"))
+    found = await request.app[STORE].find(url)
+    if not found:
+        return answer({"error": f"{url} was never requested"}, 404)
+    return answer({"count": found[0], "url": url, "rank": found[1]})
+
+
+async def test(request: web.Request) -> web.Response:
+    most, running = request.app[SETTINGS].max_test_requests, request.app[TEST_RUN]
+    if not most:
+        raise web.HTTPForbidden(text="test runs are off: MAX_TEST_REQUESTS is 0")
+    if from_another_site(request):
+        raise web.HTTPForbidden(text="a page of another site may not start a test run")
+    n = whole_number("n", request.match_info["n"], 1, most)
+    concurrency = number(request, "concurrency", 32, 1, 256)
+    run = TestRun(n, concurrency, number(request, "seed", secrets.randbelow(10**9)))
+    if running.locked():
+        text = "another test run is under way: wait until it has ended"
+        raise web.HTTPTooManyRequests(text=text, headers=RETRY_AFTER)
+    async with running:
+        host, port, *_ = request.get_extra_info("sockname")
+        base = URL.build(scheme="http", host=host, port=port)
+        report = await run.run(base, request.app[STOPPING])
+    log.info("test run", extra=report)
+    return answer(report)
+
+
+def from_another_site(request: web.Request) -> bool:
+    """Whether another site's page made a browser send this (Go's http.CrossOriginProtection)."""
+    site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
+    if site:
+        return site not in ("same-origin", "none")
+    return origin is not None and origin.partition("//")[2] != request.headers.get("Host")
+
+
+async def health(request: web.Request) -> web.Response:
+    commits, store = request.app[COMMITS], request.app[STORE]
+    uptime = round(time.monotonic() - request.app[STARTED], 1)
+    try:
+        if commits.away_since:
+            raise RedisError(commits.error)
+        hits, urls = await store.totals()
+    except RedisError as error:
+        sick = {"status": "unhealthy", "redis": "disconnected", "pending": commits.pending}
+        sick |= {"uptime_s": uptime, "error": str(error)}
+        return answer(sick, 503, HEADERS | RETRY_AFTER)
+    well = {"status": "healthy", "redis": store.state, "pending": commits.pending}
+    return answer(well | {"hits": hits, "urls": urls, "uptime_s": uptime})
+
+
+async def ignore_expect(request: web.Request) -> None:
+    """Nobody reads the body of a counted request, and a 417 would come before the count."""
+
+
+ROUTES = [
+    web.get("/stats{_:/?}", stats),
+    web.get("/stats{_:/api/(?s:.*)}", stats_of_url),
+    web.post("/test/{n}{_:/?}", test),
+    web.get("/health{_:/?}", health),
+    # (?s:.*) also takes a newline: %0A is as good a character as any other.
+    web.route("*", "/api/{_:(?s:.*)}", api, expect_handler=ignore_expect),
+]
+
+# --- Lifecycle ------------------------------------------------------------------------------------
+# A host (main, gunicorn, a test) enters it before the first request and leaves it after the last.
+# The store opens first and closes last; in between, group commit drains.
+
+
+@asynccontextmanager
+async def lifecycle(app: web.Application) -> AsyncIterator[None]:
+    settings = app[SETTINGS]
+    app[STARTED] = time.monotonic()
+    store = await connect(settings.redis_url, settings.max_urls)
+    async with aclosing(store), GroupCommit(store) as commits:
+        app[STORE], app[COMMITS] = store, commits
+        yield
+    log.info("stopped")
+
+
+async def stop_test_run(app: web.Application) -> None:
+    log.info("stopping", extra={"pending": app[COMMITS].pending})
+    app[STOPPING].set()
+
+
+async def create_app(settings: Settings | None = None) -> web.Application:
+    """The application. A host that gives no settings (gunicorn) leaves them to the environment."""
+    if settings is None:
+        settings = Settings.load(os.environ)
+        configure_logging(settings.log_format)
+    app = web.Application(middlewares=[count_and_guard])
+    app[SETTINGS], app[TEST_RUN], app[STOPPING] = settings, asyncio.Lock(), asyncio.Event()
+    app.add_routes(ROUTES)
+    app.cleanup_ctx.append(lifecycle)
+    app.on_shutdown.append(stop_test_run)
+    return app
+
+
+class TextFormatter(logging.Formatter):
+    """One line for a person: time, level, event, then its fields as name=JSON."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        extra = merge_record_extra(record, {}, reserved=RESERVED_ATTRS)
+        fields = [f"{name}={json.dumps(value)}" for name, value in extra.items()]
+        return " ".join([super().formatMessage(record), *fields])
+
+
+def configure_logging(log_format: str) -> None:
+    """One event a line, on standard error."""
+    text = TextFormatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
+    names = {"levelname": "level", "message": "event"}
+    lines = JsonFormatter("%(levelname)s %(message)s", rename_fields=names, timestamp="time")
+    handler = logging.StreamHandler()
+    handler.setFormatter(text if log_format == "text" else lines)
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    # Its errors are clients' (bytes that are not HTTP), a traceback each; ours never get that far.
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
+
+
+def main() -> None:
+    """Serve until SIGINT or SIGTERM; exit 1 with one line if that cannot be."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    for flag in ("--host", "--port", "--redis-url"):
+        parser.add_argument(flag)
+    flags = {name.upper(): value for name, value in vars(parser.parse_args()).items() if value}
+    try:
+        settings = Settings.load(os.environ | flags)
+        configure_logging(settings.log_format)
+        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        sock = socket.create_server((settings.host, settings.port), family=family)
+        url = URL.build(scheme="http", host=settings.host, port=sock.getsockname()[1])
+        web.run_app(
+            create_app(settings),
+            sock=sock,
+            backlog=1024,
+            print=lambda _: log.info("serving", extra={"stats": f"{url}/stats/"}),
+            access_log=None,  # it would cost as much as counting does
+            shutdown_timeout=3,  # seconds for requests that are being answered
+            loop=uvloop.new_event_loop() if uvloop else None,
+        )
+    except UserError as error:
+        sys.exit(f"server.py: {error}")
+    except OSError as error:
+        sys.exit(f"server.py: HOST={settings.host} PORT={settings.port}: {error.strerror}")
+
+
+if __name__ == "__main__":
+    main()

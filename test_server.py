@@ -1,0 +1,820 @@
+"""The promises of the server, each with its test: real sockets, real processes, a real Redis.
+
+Nothing here sleeps and hopes: what takes time is polled for. No Redis but our own is touched.
+"""
+
+import asyncio
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from aiohttp import ClientError, ClientSession, web
+from aiohttp.test_utils import TestClient
+from yarl import URL
+
+import server
+from server import GroupCommit, MemoryStore, RedisStore, Settings, create_app
+
+HERE = Path(__file__).parent
+NO_REDIS = "redis://127.0.0.1:1/0"  # nobody listens there
+
+Client = TestClient[web.Request, web.Application]
+MakeClient = Callable[..., "asyncio.Future[Client]"]
+
+
+# --- What the tests run against -------------------------------------------------------------------
+
+
+def missing(what: str) -> None:
+    """A test cannot run here; where CI is set everything must be there, so there it fails."""
+    if os.environ.get("CI"):
+        pytest.fail(f"CI needs {what}")
+    pytest.skip(f"needs {what}")
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 10) -> None:
+    """Poll until condition() is true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+class RedisServer:
+    """A redis-server of our own, on its own port and folder; a confirmed write is on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.client: Any = redis.Redis.from_url(self.url, protocol=2, decode_responses=True)
+        self.start()
+
+    def start(self, *options: str) -> None:
+        if not shutil.which("redis-server"):
+            missing("redis-server")
+        arguments = f"--port {self.port} --bind 127.0.0.1 --dir {self.folder} --save ''"
+        arguments += " --appendonly yes --appendfsync always --enable-debug-command local"
+        self.process = subprocess.Popen(
+            ["redis-server", *shlex.split(arguments), *options], stdout=subprocess.DEVNULL
+        )
+        wait_for(self.answers)
+
+    def answers(self) -> bool:
+        try:
+            return bool(self.client.ping())
+        except redis.RedisError:
+            return False
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def counts(self) -> dict[str, int]:
+        """The truth: what the url_count: keys hold."""
+        keys = list(self.client.scan_iter("url_count:*", 1000))
+        values = self.client.mget(keys) if keys else []
+        return {
+            key.removeprefix("url_count:"): int(value)
+            for key, value in zip(keys, values, strict=True)
+        }
+
+    def check_index(self) -> None:
+        """url_rank and url_total say what the url_count: keys say."""
+        ranked = {
+            url: int(count) for url, count in self.client.zrange("url_rank", 0, -1, withscores=True)
+        }
+        assert ranked == self.counts()
+        assert int(self.client.get("url_total") or 0) == sum(ranked.values())
+
+
+@pytest.fixture(scope="session")
+def redis_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    started = RedisServer(tmp_path_factory.mktemp("redis"))
+    yield started
+    started.client.close()
+    started.kill()
+
+
+@pytest.fixture
+def redis_server(redis_process: RedisServer) -> RedisServer:
+    redis_process.client.flushall()
+    return redis_process
+
+
+def settings(redis_url: str = "", **env: str) -> Settings:
+    return Settings.load({"REDIS_URL": redis_url, **env})
+
+
+@pytest.fixture
+def no_local_redis(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "DEFAULT_REDIS_URL", NO_REDIS)
+
+
+@pytest.fixture(params=["redis", "memory"])
+def redis_url(request: pytest.FixtureRequest, no_local_redis: None) -> str:
+    """What the tests of both stores run on; the in-memory one stands in where there is no Redis."""
+    if request.param == "memory":
+        return ""
+    url: str = request.getfixturevalue("redis_server").url
+    return url
+
+
+@pytest.fixture
+async def client(aiohttp_client: MakeClient, redis_url: str) -> Client:
+    return await aiohttp_client(await create_app(settings(redis_url)))
+
+
+async def get(client: Client, path: str, method: str = "GET") -> tuple[int, object]:
+    async with client.request(method, URL(path, encoded=True)) as response:
+        return response.status, await response.json() if method != "HEAD" else None
+
+
+async def stats(client: Client, query: str = "") -> dict[str, int]:
+    _, rows = await get(client, f"/stats/{query}")
+    assert isinstance(rows, list)
+    return {row["url"]: row["count"] for row in rows}
+
+
+# --- What is counted ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "url"),
+    [
+        ("/api/", "/api/"),
+        ("/api/a", "/api/a/"),
+        ("/api/a/", "/api/a/"),
+        ("/api/a/?x=1", "/api/a/"),
+        ("/api/a?x=/b/", "/api/a/"),
+        ("/api/%61", "/api/a/"),
+        ("/api/a%0Ab/", "/api/a\nb/"),
+        ("/api/a%00b/", "/api/a\0b/"),
+        ("/api/%C3%A9/%F0%9F%90%8D/", "/api/é/🐍/"),
+        ("/api/%FF/", "/api/%FF/"),
+        ("/api//a//", "/api//a//"),
+        ("/api/../a/", "/api/../a/"),
+        ("/api/(other)/", "/api/(other)/"),
+    ],
+)
+async def test_the_url_is_the_decoded_path_with_a_slash(
+    client: Client, path: str, url: str
+) -> None:
+    reader, writer = await asyncio.open_connection(client.host, client.port)
+    writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+    head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    assert head.startswith(b"HTTP/1.1 200")
+    assert json.loads(body) == {"url": url}
+    assert await stats(client) == {url: 1}
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PURGE"])
+async def test_every_method_counts_once(client: Client, method: str) -> None:
+    assert (await get(client, "/api/a/", method))[0] == 200
+    assert await stats(client) == {"/api/a/": 1}
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/api", "/apix/", "/stats/", "/health", "/stats/api/a/", "/x"]
+)
+async def test_nothing_else_counts(client: Client, path: str) -> None:
+    await get(client, path)
+    assert await stats(client) == {}
+
+
+async def test_an_expect_header_neither_hides_a_request_nor_fails_it(client: Client) -> None:
+    for expect in ("100-continue", "a miracle"):
+        async with client.post("/api/a/", headers={"Expect": expect}) as response:
+            assert response.status == 200
+    assert await stats(client) == {"/api/a/": 2}
+
+
+@pytest.mark.parametrize(("length", "status"), [(2048, 200), (2049, 414)])
+async def test_a_path_has_at_most_2048_characters(client: Client, length: int, status: int) -> None:
+    path = "/api/" + "x" * (length - 5)
+    assert (await get(client, path))[0] == status
+    assert len(await stats(client)) == (status == 200)
+
+
+async def test_bytes_that_are_not_http_get_a_400(client: Client) -> None:
+    reader, writer = await asyncio.open_connection(client.host, client.port)
+    writer.write(b"\x16\x03\x01 hello\r\n\r\n")
+    assert (await reader.readline()).startswith(b"HTTP/1.0 400")
+    writer.close()
+
+
+# --- Endpoints ------------------------------------------------------------------------------------
+
+
+async def hit(client: Client, **counts: int) -> None:
+    for name, n in counts.items():
+        for _ in range(n):
+            assert (await get(client, f"/api/{name}/"))[0] == 200
+
+
+async def test_stats_lists_the_most_requested_first(client: Client) -> None:
+    await hit(client, b=1, a=3, c=2, d=1)
+    _, rows = await get(client, "/stats/")
+    assert rows == [
+        {"count": 3, "url": "/api/a/"},
+        {"count": 2, "url": "/api/c/"},
+        {"count": 1, "url": "/api/d/"},  # ties: both stores in the one order that Redis has
+        {"count": 1, "url": "/api/b/"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("query", "urls"),
+    [
+        ("?limit=0", ""),
+        ("?limit=1", "a"),
+        ("?limit=2&offset=1", "cd"),
+        ("?limit=999999999999999&offset=3", "b"),
+        ("?offset=3", "b"),
+        ("?offset=4", ""),
+        ("?offset=1000000000000000", ""),
+        ("?limit=007", "acdb"),
+    ],
+)
+async def test_limit_and_offset_page_the_list(client: Client, query: str, urls: str) -> None:
+    await hit(client, b=1, a=3, c=2, d=1)
+    async with client.get(f"/stats/{query}") as response:
+        assert [row["url"] for row in await response.json()] == [f"/api/{url}/" for url in urls]
+        assert response.headers["X-Total-Count"] == "4"
+        assert response.content_type == "application/json"
+
+
+@pytest.mark.parametrize(
+    "value", ["-1", "x", "", "1.5", "٣", "+1", "1e3", "1_0", "9" * 17, "9" * 5000]
+)
+@pytest.mark.parametrize("name", ["limit", "offset"])
+async def test_a_page_is_asked_for_in_ascii_digits(client: Client, name: str, value: str) -> None:
+    async with client.get("/stats/", params={name: value}) as response:
+        assert response.status == 400
+        assert (await response.json())["error"].startswith(f"{name}=")
+
+
+async def test_the_whole_list_is_one_list_however_long(client: Client) -> None:
+    """Streamed in pages of 1,000; the seams do not show."""
+    store = client.app[server.STORE] if client.app else None
+    assert store is not None
+    urls = {f"/api/{n}/": n % 7 + 1 for n in range(server.PAGE * 2 + 1)}
+    await store.commit("test", 1, urls)
+    assert await stats(client) == urls
+    _, rows = await get(client, "/stats/")
+    assert isinstance(rows, list)
+    assert rows == sorted(rows, key=lambda row: (row["count"], row["url"]), reverse=True)
+    assert await stats(client, "?offset=999&limit=1002") == {
+        row["url"]: row["count"] for row in rows[999:2001]
+    }
+
+
+async def test_stats_of_one_url(client: Client) -> None:
+    await hit(client, b=1, a=3, c=2, d=1)
+    for path in ("/stats/api/c/", "/stats/api/c", "/stats/api/%63?x=1"):
+        assert await get(client, path) == (200, {"count": 2, "url": "/api/c/", "rank": 2})
+    assert await get(client, "/stats/api/b/") == (200, {"count": 1, "url": "/api/b/", "rank": 4})
+    assert await get(client, "/stats/api/x/") == (404, {"error": "/api/x/ was never requested"})
+
+
+async def test_health_adds_up(client: Client, redis_url: str) -> None:
+    await hit(client, a=2, b=1)
+    status, report = await get(client, "/health")
+    assert isinstance(report, dict)
+    assert report.pop("uptime_s") >= 0
+    state = "connected" if redis_url else "in-memory"
+    assert (status, report) == (
+        200,
+        {"status": "healthy", "redis": state, "pending": 0, "hits": 3, "urls": 2},
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "allow"),
+    [
+        ("GET", "/", 404, None),
+        ("GET", "/api", 404, None),
+        ("GET", "/stats/x/", 404, None),
+        ("GET", "/test/5/", 405, "POST"),
+        ("POST", "/stats/", 405, "GET,HEAD"),
+        ("DELETE", "/stats/api/a/", 405, "GET,HEAD"),
+        ("POST", "/health", 405, "GET,HEAD"),
+    ],
+)
+async def test_errors_are_json(
+    client: Client, method: str, path: str, status: int, allow: str | None
+) -> None:
+    async with client.request(method, path) as response:
+        assert (response.status, response.headers.get("Allow")) == (status, allow)
+        assert (await response.json())["error"]
+        assert response.headers["X-Content-Type-Options"] == "nosniff"
+
+
+@pytest.mark.parametrize("path", ["/stats", "/stats/", "/health", "/health/", "/api/a"])
+async def test_a_trailing_slash_is_optional_and_no_answer_is_sniffed(
+    client: Client, path: str
+) -> None:
+    for method in ("GET", "HEAD"):
+        async with client.request(method, path) as response:
+            assert response.status == 200
+            assert response.headers["X-Content-Type-Options"] == "nosniff"
+
+
+async def test_a_failing_store_is_a_503_and_a_list_is_broken_off_never_short(
+    aiohttp_client: MakeClient, no_local_redis: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = await aiohttp_client(await create_app(settings()))
+
+    async def ranked(*_: object) -> AsyncIterator[list[tuple[str, int]]]:
+        yield [("/api/a/", 1)]
+        raise redis.ConnectionError("gone")
+
+    async def totals() -> tuple[int, int]:
+        raise redis.ConnectionError("gone")
+
+    assert client.app
+    store = client.app[server.STORE]
+    monkeypatch.setattr(store, "ranked", ranked)
+    async with client.get("/stats/") as response:
+        with pytest.raises(ClientError):
+            await response.json()
+    monkeypatch.setattr(store, "totals", totals)
+    for path in ("/stats/", "/health"):
+        async with client.get(path) as response:
+            assert (response.status, response.headers["Retry-After"]) == (503, "1")
+            assert "gone" in (await response.json())["error"]
+
+
+# --- Synthetic traffic ----------------------------------------------------------------------------
+
+
+async def run_test(client: Client, path: str, **headers: str) -> tuple[int, dict[str, object]]:
+    async with client.post(path, headers=headers) as response:
+        return response.status, await response.json()
+
+
+async def test_a_run_sends_n_requests_made_of_three_segments(client: Client) -> None:
+    status, report = await run_test(client, "/test/500/")
+    counts = await stats(client)
+    assert (status, report["requested"], report["ok"], report["failed"]) == (200, 500, 500, 0)
+    assert sum(counts.values()) == 500
+    assert len(counts) == report["unique_urls"]
+    used = [url.removeprefix("/api/").removesuffix("/").split("/") for url in counts]
+    assert {len(segments) for segments in used} == {1, 2, 3, 4, 5, 6}
+    segments = report["segments"]
+    assert isinstance(segments, list)
+    assert {segment for path in used for segment in path} == set(segments)
+    assert len(set(segments)) == 3
+    latency = report["latency_ms"]
+    assert isinstance(latency, dict)
+    assert list(latency) == ["min", "mean", "p50", "p95", "p99", "max"]
+    assert latency["min"] <= latency["p50"] <= latency["p95"] <= latency["p99"] <= latency["max"]
+
+
+async def test_a_seed_repeats_a_run_and_another_one_does_not(client: Client) -> None:
+    _, first = await run_test(client, "/test/50/?seed=7")
+    counts = await stats(client)
+    _, again = await run_test(client, "/test/50?seed=7&concurrency=1")
+    assert await stats(client) == {url: 2 * n for url, n in counts.items()}
+    _, other = await run_test(client, "/test/50/")
+    assert first["segments"] == again["segments"] != other["segments"]
+    assert (first["seed"], again["concurrency"]) == (7, 1)
+
+
+def test_a_seed_gives_the_urls_in_order() -> None:
+    assert list(server.TestRun(99, 1, 7).urls) == list(server.TestRun(99, 2, 7).urls)
+
+
+def test_percentiles_are_nearest_rank() -> None:
+    run = server.TestRun(1, 1, 1)
+    run.latencies.update({float(ms): 1 for ms in range(1, 201)})
+    assert run.latency_ms() == {
+        "min": 1,
+        "mean": 100.5,
+        "p50": 100,
+        "p95": 190,
+        "p99": 198,
+        "max": 200,
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/test/0/", 400),
+        ("/test/1/", 200),
+        ("/test/60/", 200),
+        ("/test/61/", 400),
+        ("/test/x/", 400),
+        ("/test/-1/", 400),
+        ("/test/٣/", 400),
+        ("/test/1/?concurrency=0", 400),
+        ("/test/1/?concurrency=256", 200),
+        ("/test/1/?concurrency=257", 400),
+        ("/test/1/?seed=x", 400),
+        ("/test/1/?seed=0", 200),
+    ],
+)
+async def test_a_run_keeps_to_its_bounds(
+    aiohttp_client: MakeClient, no_local_redis: None, path: str, status: int
+) -> None:
+    client = await aiohttp_client(await create_app(settings(MAX_TEST_REQUESTS="60")))
+    assert (await run_test(client, path))[0] == status
+
+
+async def test_runs_can_be_turned_off(aiohttp_client: MakeClient, no_local_redis: None) -> None:
+    client = await aiohttp_client(await create_app(settings(MAX_TEST_REQUESTS="0")))
+    assert (await run_test(client, "/test/1/"))[0] == 403
+
+
+async def test_one_run_at_a_time(client: Client) -> None:
+    long = asyncio.create_task(run_test(client, "/test/2000/?concurrency=4"))
+    while not await stats(client):
+        await asyncio.sleep(0)
+    status, report = await run_test(client, "/test/1/")
+    assert status == 429
+    assert report["error"]
+    assert (await long)[1]["ok"] == 2000
+    assert (await run_test(client, "/test/1/"))[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Sec-Fetch-Site": "none"}, 200),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "cross-site", "Origin": "http://me"}, 403),
+        ({"Host": "me", "Origin": "http://me"}, 200),
+        ({"Host": "me", "Origin": "http://evil"}, 403),
+        ({"Host": "me", "Origin": "null"}, 403),
+    ],
+)
+async def test_another_sites_page_cannot_start_a_run(
+    client: Client, headers: dict[str, str], status: int
+) -> None:
+    assert (await run_test(client, "/test/1/", **headers))[0] == status
+
+
+async def test_the_host_header_does_not_aim_the_traffic(client: Client) -> None:
+    async def never(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        victims.append(await reader.readline())
+        writer.close()
+
+    victims: list[bytes] = []
+    victim = await asyncio.start_server(never, "127.0.0.1", 0)
+    port = victim.sockets[0].getsockname()[1]
+    _, report = await run_test(client, "/test/20/", Host=f"127.0.0.1:{port}")
+    assert (report["ok"], victims) == (20, [])
+    assert sum((await stats(client)).values()) == 20
+    victim.close()
+
+
+# --- Group commit ---------------------------------------------------------------------------------
+
+
+class SlowStore(MemoryStore):
+    """A store whose commits wait for a gate, and that remembers them."""
+
+    def __init__(self) -> None:
+        super().__init__(max_urls=10**6)
+        self.gate = asyncio.Event()
+        self.batches: list[dict[str, int]] = []
+
+    async def commit(self, instance: str, sequence: int, hits: Mapping[str, int]) -> None:
+        await self.gate.wait()
+        self.batches.append(dict(hits))
+        await super().commit(instance, sequence, hits)
+
+
+async def test_300_concurrent_requests_are_300_hits(client: Client) -> None:
+    answers = await asyncio.gather(*(get(client, f"/api/{n % 3}/") for n in range(300)))
+    assert {status for status, _ in answers} == {200}
+    assert await stats(client) == {f"/api/{n}/": 100 for n in range(3)}
+
+
+async def test_an_answer_means_that_the_hit_is_in_redis(
+    aiohttp_client: MakeClient, redis_server: RedisServer
+) -> None:
+    client = await aiohttp_client(await create_app(settings(redis_server.url)))
+    for n in range(1, 20):
+        await get(client, "/api/a/")
+        assert redis_server.client.get("url_count:/api/a/") == str(n)
+    redis_server.check_index()
+
+
+async def test_hits_wait_for_their_batch_and_share_it() -> None:
+    """The first hit flies at once; the 40 that come meanwhile are one commit of 40."""
+    store = SlowStore()
+    async with GroupCommit(store) as commits:
+        first = asyncio.create_task(commits.hit("/api/a/"))
+        while commits.open.hits or not commits.flying.hits:
+            await asyncio.sleep(0)
+        rest = [asyncio.create_task(commits.hit("/api/a/")) for _ in range(40)]
+        await asyncio.sleep(0)
+        assert commits.pending == 41
+        assert not first.done()
+        store.gate.set()
+        await asyncio.gather(first, *rest)
+        assert (store.batches, commits.pending) == ([{"/api/a/": 1}, {"/api/a/": 40}], 0)
+
+
+async def test_one_who_leaves_touches_nobody_elses_hit() -> None:
+    store = SlowStore()
+    async with GroupCommit(store) as commits:
+        hits = [asyncio.create_task(commits.hit("/api/a/")) for _ in range(10)]
+        await asyncio.sleep(0)
+        hits[3].cancel()
+        await asyncio.wait([hits[3]])
+        store.gate.set()
+        await asyncio.gather(*hits[:3], *hits[4:])
+        assert store.counts == {"/api/a/": 10}
+
+
+async def test_a_big_batch_goes_in_slices() -> None:
+    store = SlowStore()
+    async with GroupCommit(store) as commits:
+        store.gate.set()
+        hits = [commits.hit(f"/api/{n}/") for n in range(server.PAGE * 2 + 1)]
+        await asyncio.gather(*hits)
+    assert max(map(len, store.batches)) <= server.PAGE
+    assert store.counts.total() == server.PAGE * 2 + 1
+
+
+async def test_a_sequence_number_counts_once(redis_server: RedisServer) -> None:
+    """Also when an old copy of a commit arrives after newer ones."""
+    store = RedisStore(redis_server.url, 10)
+    for sequence in (1, 1, 2, 1, 2):
+        await store.commit("me", sequence, {"/api/a/": 5})
+    await store.commit("you", 1, {"/api/a/": 1})
+    await store.aclose()
+    assert redis_server.counts() == {"/api/a/": 11}
+    redis_server.check_index()
+    assert 86_000 < int(redis_server.client.ttl("url_commit:me")) <= 86_400
+
+
+@pytest.mark.parametrize("n", [1, 40])
+async def test_urls_beyond_max_urls_count_as_other(
+    aiohttp_client: MakeClient, redis_url: str, n: int
+) -> None:
+    client = await aiohttp_client(await create_app(settings(redis_url, MAX_URLS="2")))
+    await hit(client, a=1, b=1, c=1)
+    await asyncio.gather(*(get(client, f"/api/new{i}/") for i in range(n)))
+    await hit(client, a=1, b=1)
+    assert await stats(client) == {"/api/a/": 2, "/api/b/": 2, "(other)": n + 1}
+
+
+# --- Takeover -------------------------------------------------------------------------------------
+
+
+def seed_old_counts(server: RedisServer, n: int) -> dict[str, int]:
+    """What the earlier version leaves behind: counts and nothing else."""
+    counts = {f"/api/products/{i}/": i % 97 + 1 for i in range(n)}
+    pipe = server.client.pipeline(transaction=False)
+    for url, count in counts.items():
+        pipe.set(f"url_count:{url}", count)
+    pipe.execute()
+    return counts
+
+
+async def test_counts_of_an_earlier_version_are_taken_over(
+    aiohttp_client: MakeClient, redis_server: RedisServer
+) -> None:
+    counts = seed_old_counts(redis_server, 2500)
+    redis_server.client.set("url_count:/api/bad/", "many")
+    redis_server.client.set("other:/api/x/", "7")
+    client = await aiohttp_client(await create_app(settings(redis_server.url)))
+    assert await stats(client) == counts
+    assert redis_server.client.get("url_schema") == "1"
+    assert int(redis_server.client.get("url_total") or 0) == sum(counts.values())
+
+
+async def test_takeover_is_exact_when_it_dies_half_way_and_when_many_do_it_at_once(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = seed_old_counts(redis_server, 5000)
+    stores = [RedisStore(redis_server.url, 10**6) for _ in range(3)]
+    real, calls = stores[0].commit, 0
+
+    async def dies(instance: str, sequence: int, hits: dict[str, int]) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise redis.ConnectionError("died")
+        await real(instance, sequence, hits)
+
+    monkeypatch.setattr(stores[0], "commit", dies)
+    with pytest.raises(redis.ConnectionError):
+        await stores[0].open()
+    assert 0 < int(redis_server.client.zcard("url_rank")) < 5000
+    live = {"/api/products/1/": 1, "/api/new/": 2}
+    await asyncio.gather(stores[1].open(), stores[2].open(), real("live", 1, live))
+    for store in stores:
+        await store.aclose()
+    expected = {url: counts.get(url, 0) + live.get(url, 0) for url in counts | live}
+    assert redis_server.counts() == expected
+    redis_server.check_index()
+
+
+async def test_a_lost_index_is_built_again(redis_server: RedisServer) -> None:
+    store = RedisStore(redis_server.url, 100)
+    await store.open()
+    await store.commit("me", 1, {"/api/a/": 3, "/api/b/": 1})
+    redis_server.client.delete("url_rank")
+    await store.open()
+    await store.aclose()
+    redis_server.check_index()
+    assert redis_server.counts() == {"/api/a/": 3, "/api/b/": 1}
+
+
+# --- Processes: start, stop, configuration --------------------------------------------------------
+
+
+class Server:
+    """server.py as a user runs it."""
+
+    def __init__(self, log: Path, redis_url: str = "", **env: str) -> None:
+        self.port, self.log = free_port(), log
+        self.base = f"http://127.0.0.1:{self.port}"
+        # Without REDIS_URL it would try the machine's own Redis, which is not ours to touch.
+        code = f"import server; server.DEFAULT_REDIS_URL = {NO_REDIS!r}; server.main()"
+        kept = {"PATH": os.environ["PATH"], "PORT": str(self.port), "REDIS_URL": redis_url}
+        with log.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code], cwd=HERE, env=kept | env, stderr=stderr
+            )
+
+    def __enter__(self) -> "Server":
+        wait_for(lambda: "serving" in self.log.read_text() or self.process.poll() is not None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+    def events(self) -> list[dict[str, object]]:
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+    def stop(self, sig: int = signal.SIGTERM) -> int:
+        self.process.send_signal(sig)
+        return self.process.wait(timeout=10)
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ({"PORT": "x"}, "PORT='x'"),
+        ({"PORT": "-1"}, "PORT='-1'"),
+        ({"PORT": "65536"}, "PORT='65536'"),
+        ({"MAX_URLS": "0"}, "MAX_URLS='0'"),
+        ({"MAX_TEST_REQUESTS": "-1"}, "MAX_TEST_REQUESTS='-1'"),
+        ({"LOG_FORMAT": "xml"}, "LOG_FORMAT='xml'"),
+        ({"HOST": "256.1.1.1"}, "HOST=256.1.1.1"),
+        ({"REDIS_URL": "http://u:secret@h/"}, "REDIS_URL=http://***@h/"),
+        (
+            {"REDIS_URL": "redis://:secret@127.0.0.1:99999/0"},
+            "REDIS_URL=redis://***@127.0.0.1:99999/0",
+        ),
+        ({"REDIS_URL": "redis://:secret@127.0.0.1:1/0"}, "REDIS_URL=redis://***@127.0.0.1:1/0"),
+        (
+            {"REDIS_URL": "redis://127.0.0.1:1/0?password=secret"},
+            "REDIS_URL=redis://127.0.0.1:1/0?password=***",
+        ),
+    ],
+)
+def test_what_cannot_start_says_why_in_one_line(
+    tmp_path: Path, env: dict[str, str], words: str
+) -> None:
+    with Server(tmp_path / "log", **{"LOG_FORMAT": "text", **env}) as process:
+        assert process.process.wait(timeout=10) == 1
+    lines = process.log.read_text().splitlines()
+    assert len([line for line in lines if "counts are lost" not in line]) == 1
+    assert words in lines[-1]
+    assert "secret" not in lines[-1]
+
+
+def test_a_taken_port_is_named(tmp_path: Path) -> None:
+    with (
+        Server(tmp_path / "one") as first,
+        Server(tmp_path / "two", PORT=str(first.port)) as second,
+    ):
+        assert second.process.wait(timeout=10) == 1
+        last = second.log.read_text().splitlines()[-1]
+        assert f"PORT={first.port}" in last
+        assert "in use" in last
+
+
+def test_a_wrong_redis_password_is_one_line_without_it(
+    tmp_path: Path, redis_server: RedisServer
+) -> None:
+    redis_server.client.config_set("requirepass", "right")
+    try:
+        with Server(tmp_path / "log", redis_server.url.replace("//", "//:secret@")) as process:
+            assert process.process.wait(timeout=10) == 1
+    finally:
+        redis_server.client.execute_command("AUTH", "right")
+        redis_server.client.config_set("requirepass", "")
+    line = process.log.read_text()
+    assert line.count("\n") == 1
+    assert line.startswith("server.py: REDIS_URL=redis://***@127.0.0.1")
+    assert "password" in line
+
+
+def test_flags_win_over_the_environment_and_help_is_the_reference() -> None:
+    run = [sys.executable, "server.py"]
+    result = subprocess.run(
+        [*run, "--port", "y"], cwd=HERE, env={"PORT": "x"}, capture_output=True, text=True
+    )
+    assert (result.returncode, "PORT='y'" in result.stderr) == (1, True)
+    result = subprocess.run([*run, "--help"], cwd=HERE, capture_output=True, text=True)
+    for word in ("--host", "--port", "--redis-url", "MAX_URLS", "/test/<n>/", "X-Total-Count"):
+        assert word in result.stdout
+
+
+def test_importing_opens_nothing_and_reads_no_environment() -> None:
+    env = {"PORT": "nonsense", "REDIS_URL": "nonsense"}
+    subprocess.run(
+        [sys.executable, "-W", "error", "-c", "import server"], cwd=HERE, env=env, check=True
+    )
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_ends_it_at_once_without_a_traceback(tmp_path: Path, sig: int) -> None:
+    with Server(tmp_path / "log") as process:
+        async with ClientSession(process.base) as session:
+            await session.get("/api/a/")
+            started = time.monotonic()
+            assert await asyncio.to_thread(process.stop, sig) == 0
+    assert time.monotonic() - started < 1
+    assert process.events()[-1]["event"] == "stopped"
+
+
+async def test_stopping_ends_a_test_run_early_and_answers_it(
+    tmp_path: Path, redis_server: RedisServer
+) -> None:
+    with Server(tmp_path / "log", redis_server.url) as process:
+        async with ClientSession(process.base) as session:
+            run = asyncio.create_task(session.post("/test/100000/"))
+            while int(redis_server.client.get("url_total") or 0) < 100:
+                await asyncio.sleep(0.01)
+            process.process.send_signal(signal.SIGTERM)
+            report = await (await run).json()
+        assert await asyncio.to_thread(process.process.wait, 10) == 0
+    assert 100 <= report["ok"] < 100_000
+    assert report["failed"] == 0
+    assert sum(redis_server.counts().values()) == report["ok"]
+    redis_server.check_index()
+
+
+# --- The README -----------------------------------------------------------------------------------
+
+VOLATILE = {"duration_s", "requests_per_s", "latency_ms", "uptime_s"}
+
+
+def readme_examples() -> list[tuple[str, str]]:
+    """Each command of the README's first console block, and what it printed."""
+    block = re.search(r"```console\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    assert block
+    return re.findall(r"^\$ (curl .*)\n((?:(?!\$ ).+\n)*)", block[1], re.MULTILINE)
+
+
+def test_the_readme_shows_what_the_server_says(tmp_path: Path) -> None:
+    examples = readme_examples()
+    assert len(examples) >= 4
+    with Server(tmp_path / "log") as process:
+        for command, expected in examples:
+            local = command.replace("localhost:5000", f"127.0.0.1:{process.port}")
+            printed = subprocess.run(
+                ["bash", "-c", local], capture_output=True, text=True, check=True
+            ).stdout
+            assert normal(printed) == normal(expected), command
+
+
+def normal(text: str) -> object:
+    data = json.loads(text)
+    return (
+        {key: type(value) if key in VOLATILE else value for key, value in data.items()}
+        if isinstance(data, dict)
+        else data
+    )
