@@ -12,7 +12,7 @@ A request counts once, when it arrives, under its decoded path with a trailing s
 means that the hit is in the store. Errors are JSON: {"error": "what is wrong, what is right"}.
 
     HOST               --host        127.0.0.1
-    PORT               --port        5000
+    PORT               --port        5000; 0 takes any free one
     REDIS_URL          --redis-url   unset: redis://localhost:6379/0 if it answers, else memory
     MAX_TEST_REQUESTS                100000 in one test run; 0 turns /test/ off
     MAX_URLS                         10000000; a new URL beyond them counts as "(other)"
@@ -35,14 +35,15 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import count, islice
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import aiohttp
 from aiohttp import web
+from aiohttp.typedefs import Handler
 from pythonjsonlogger.core import RESERVED_ATTRS, merge_record_extra
 from pythonjsonlogger.json import JsonFormatter
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -51,10 +52,8 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from yarl import URL
 
-try:
+if sys.platform != "win32":
     import uvloop
-except ImportError:  # Windows has none
-    uvloop = None  # type: ignore[assignment]
 
 log = logging.getLogger("server")
 
@@ -82,13 +81,12 @@ class Settings:
         log_format = env.get("LOG_FORMAT") or ("text" if sys.stderr.isatty() else "json")
         if log_format not in ("text", "json"):
             raise UserError(f"LOG_FORMAT={log_format!r}: use text or json")
+        most = env.get("MAX_TEST_REQUESTS") or "100000"
         return cls(
             host=env.get("HOST") or "127.0.0.1",
             port=whole_number("PORT", env.get("PORT") or "5000", 0, 65_535),
             redis_url=env.get("REDIS_URL") or "",
-            max_test_requests=whole_number(
-                "MAX_TEST_REQUESTS", env.get("MAX_TEST_REQUESTS") or "100000"
-            ),
+            max_test_requests=whole_number("MAX_TEST_REQUESTS", most),
             max_urls=whole_number("MAX_URLS", env.get("MAX_URLS") or "10000000", 1),
             log_format=log_format,
         )
@@ -117,7 +115,7 @@ PAGE = 1000  # URLs read or written in one go: a few milliseconds of Redis's tim
 # KEYS: url_commit:<instance> url_rank url_total url_count:(other) url_count:<url>...
 # ARGV: sequence number, MAX_URLS, the hits of each URL. Returns the keys that hold no number.
 # What Redis refuses it refuses by the first write, SET: a batch is applied whole or not at all.
-# After that only pcall, because an error in a script rolls nothing back.
+# After that INCRBY is a pcall, because an error in a script rolls nothing back.
 COMMIT = """
 local urls = redis.call('ZCARD', KEYS[2])
 if tonumber(ARGV[1]) <= tonumber(redis.call('GET', KEYS[1]) or 0) then return {} end
@@ -162,17 +160,16 @@ class RedisStore:
         self.spoiled: set[bytes] = set()
 
     async def open(self) -> None:
-        """Index the counts that an earlier version left: commit 0 hits to each, a page at a time.
+        """Index what an earlier version counted: commit 0 hits to each URL, a page at a time.
 
-        Whatever another server does meanwhile, the result is the same.
+        Whatever another server does meanwhile, and wherever this one dies, the result is the same.
         """
         if await self.writer.exists("url_schema", "url_rank") == 2:
             return
         instance, urls, cursor, report_at = secrets.token_hex(8), 0, 0, 0.0
         for page in count(1):
-            scanned: Any = await self.writer.scan(cursor, "url_count:*", PAGE, "STRING")
-            cursor, keys = scanned
-            found = [key.decode(errors="surrogateescape") for key in keys]
+            cursor, keys = await self.writer.scan(cursor, "url_count:*", PAGE, "STRING")
+            found = [cast(bytes, key).decode(errors="surrogateescape") for key in keys]
             await self.commit(instance, page, {key.removeprefix("url_count:"): 0 for key in found})
             urls += len(keys)
             if keys and (not cursor or time.monotonic() > report_at):
@@ -184,15 +181,13 @@ class RedisStore:
 
     async def commit(self, instance: str, sequence: int, hits: Mapping[str, int]) -> None:
         """Add hits {url: n}, but once: nothing if instance has used that sequence number."""
-        keys = [f"url_commit:{instance}", "url_rank", "url_total"]
-        keys += [f"url_count:{url}" for url in (OTHER, *hits)]
-        for key in await self.script(
-            [key.encode(errors="surrogateescape") for key in keys],
-            [sequence, self.max_urls, *hits.values()],
-        ):
+        names = [f"url_commit:{instance}", "url_rank", "url_total", f"url_count:{OTHER}"]
+        names += [f"url_count:{url}" for url in hits]
+        keys = [name.encode(errors="surrogateescape") for name in names]
+        for key in await self.script(keys, [sequence, self.max_urls, *hits.values()]):
             if key not in self.spoiled:
                 self.spoiled.add(key)
-                log.error("not a number, its hits are lost", extra={"key": key.decode()})
+                log.error("not a number, hits on it are lost", extra={"key": key.decode()})
 
     async def totals(self) -> tuple[int, int]:
         """The sum of all counts, and the number of URLs."""
@@ -202,14 +197,15 @@ class RedisStore:
     async def find(self, url: str) -> tuple[int, int] | None:
         """Count and rank (1 for the most requested) of one URL."""
         hits = await self.reader.zscore("url_rank", url)
-        ahead: Any = await self.reader.zrevrank("url_rank", url)
+        ahead = cast(int | None, await self.reader.zrevrank("url_rank", url))
         return None if hits is None or ahead is None else (int(hits), ahead + 1)
 
     async def ranked(self, offset: int, limit: int) -> AsyncIterator[list[tuple[str, int]]]:
         """Pages of (url, count), most requested first, equal counts by descending URL."""
         for start in range(offset, offset + limit, PAGE):
-            end = min(start + PAGE, offset + limit)
-            rows: Any = await self.reader.zrevrange("url_rank", start, end - 1, withscores=True)
+            last = min(start + PAGE, offset + limit) - 1
+            found = await self.reader.zrevrange("url_rank", start, last, withscores=True)
+            rows = cast(list[tuple[bytes, float]], found)
             if not rows:
                 return
             yield [(url.decode(errors="replace"), int(hits)) for url, hits in rows]
@@ -258,14 +254,15 @@ async def connect(redis_url: str, max_urls: int) -> Store:
     shown = re.sub(r"(?<=//).*@|(?<=password=)[^&]*", "***@", url)
     try:
         store = RedisStore(url, max_urls)
-        await store.open()
     except ValueError:  # its text may quote a part of the password
         raise UserError(f"REDIS_URL={shown}: use redis://:password@host:6379/0") from None
+    try:
+        await store.open()
     except RedisError as error:
         await store.aclose()
         if redis_url:
             raise UserError(f"REDIS_URL={shown}: {error}") from None
-        log.warning("counts are lost on exit: no redis", extra={"error": str(error)})
+        log.warning("no redis, counts are lost on exit", extra={"error": str(error)})
         return MemoryStore(max_urls)
     log.info("counting in redis", extra={"redis": shown})
     return store
@@ -327,7 +324,7 @@ class GroupCommit:
             await batch.committed.wait()
 
     async def run(self) -> None:
-        """Commit batch after batch."""
+        """Commit batch after batch, each in slices that Redis hardly feels."""
         while self.open.hits or not self.stopping:
             await self.wake.wait()
             self.wake.clear()
@@ -392,11 +389,12 @@ class TestRun:
     """n requests drawn from a seed, and what came of them, in memory that does not grow with n."""
 
     def __init__(self, n: int, concurrency: int, seed: int) -> None:
-        self.n, self.concurrency, self.seed = n, concurrency, seed
         rng = random.Random(seed)
-        self.segments = [f"{segment:06x}" for segment in rng.sample(range(16**6), 3)]
-        paths = (rng.choices(self.segments, k=rng.randint(1, 6)) for _ in range(n))
+        segments = [f"{number:06x}" for number in rng.sample(range(16**6), 3)]
+        paths = (rng.choices(segments, k=rng.randint(1, 6)) for _ in range(n))
         self.urls = (f"/api/{'/'.join(path)}/" for path in paths)  # the workers share it
+        self.order = {"concurrency": concurrency, "seed": seed, "segments": segments}
+        self.n, self.concurrency = n, concurrency
         self.requested: set[str] = set()
         self.status: Counter[int] = Counter()
         self.errors: Counter[str] = Counter()
@@ -409,7 +407,18 @@ class TestRun:
         async with aiohttp.ClientSession(base, connector=connector) as session:
             workers = [self.work(session, stopping) for _ in range(self.concurrency)]
             await asyncio.gather(*workers)
-        return self.report(time.perf_counter() - started)
+        seconds, ok, answered = time.perf_counter() - started, self.status[200], self.status.total()
+        counted = {
+            "requested": self.n,
+            "ok": ok,
+            "failed": answered - ok + self.errors.total(),
+            "duration_s": round(seconds, 3),
+            "requests_per_s": round(answered / seconds, 1),
+            "latency_ms": self.latency_ms() if answered else {},
+            "status": {str(code): n for code, n in self.status.items() if n},
+            "errors": +self.errors,
+        }
+        return counted | self.order | {"unique_urls": len(self.requested)}
 
     async def work(self, session: aiohttp.ClientSession, stopping: asyncio.Event) -> None:
         for url in self.urls:
@@ -421,35 +430,19 @@ class TestRun:
                 self.status[response.status] += 1
                 self.latencies[round((time.perf_counter() - started) * 1000, 1)] += 1
             except (aiohttp.ClientError, TimeoutError) as error:
-                self.errors[type(error).__name__] += not stopping.is_set()  # it refuses new ones
+                self.errors[type(error).__name__] += not stopping.is_set()  # it takes no new ones
             if stopping.is_set():
                 return
 
-    def report(self, seconds: float) -> dict[str, Any]:
-        ok, answered = self.status[200], self.status.total()
-        return {
-            "requested": self.n,
-            "ok": ok,
-            "failed": answered - ok + self.errors.total(),
-            "duration_s": round(seconds, 3),
-            "requests_per_s": round(answered / seconds, 1),
-            "latency_ms": self.latency_ms() if answered else {},
-            "status": {str(code): n for code, n in self.status.items() if n},
-            "errors": +self.errors,
-            "concurrency": self.concurrency,
-            "seed": self.seed,
-            "segments": self.segments,
-            "unique_urls": len(self.requested),
-        }
-
     def latency_ms(self) -> dict[str, float]:
-        """Percentiles are nearest-rank: pN is what N % of the requests took at most."""
-        mean = sum(ms * n for ms, n in self.latencies.items()) / self.latencies.total()
-        found, seen = {"min": min(self.latencies), "mean": round(mean, 1)}, 0
+        """Percentiles are nearest-rank: N % of the requests took pN or less."""
+        total, seen = self.latencies.total(), 0
+        mean = sum(ms * n for ms, n in self.latencies.items()) / total
+        found = {"min": min(self.latencies), "mean": round(mean, 1)}
         for ms in sorted(self.latencies):
             seen += self.latencies[ms]
             for p in (50, 95, 99):
-                if seen * 100 >= p * self.latencies.total():
+                if seen * 100 >= p * total:
                     found.setdefault(f"p{p}", ms)
         return found | {"max": max(self.latencies)}
 
@@ -459,7 +452,8 @@ class TestRun:
 # whatever goes wrong. Handlers are plain functions: parse, ask the store, answer.
 
 MAX_PATH = 2048  # characters
-HEADERS = {"X-Content-Type-Options": "nosniff"}
+HEADERS = {"Content-Type": "application/json", "X-Content-Type-Options": "nosniff"}
+KEPT = {"Allow", "Retry-After"}  # headers of an error that its JSON form has too
 HINTS = {
     404: "nothing is here: try /api/..., /stats/, /health or POST /test/<n>/",
     405: "the path is right, the method is not: see the Allow header",
@@ -474,7 +468,7 @@ STARTED = web.AppKey("started", float)
 
 
 def answer(data: object, status: int = 200, headers: Mapping[str, str] = HEADERS) -> web.Response:
-    return web.json_response(data, status=status, headers=headers)
+    return web.Response(body=json.dumps(data).encode(), status=status, headers=headers)
 
 
 def counted_url(path: str) -> str:
@@ -486,9 +480,8 @@ def number(request: web.Request, name: str, default: int, low: int = 0, high: in
 
 
 @web.middleware
-async def count_and_guard(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
+async def count_and_guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+    failed: web.HTTPException
     path = request.path
     try:
         if path.startswith("/api/"):
@@ -507,10 +500,8 @@ async def count_and_guard(
     except Exception:
         log.exception("unexpected error", extra={"path": path})
         failed = web.HTTPInternalServerError(text="unexpected error: the server's log has it")
-    kept = {
-        name: value for name, value in failed.headers.items() if name in ("Allow", "Retry-After")
-    }
-    return answer({"error": HINTS.get(failed.status, failed.text)}, failed.status, HEADERS | kept)
+    headers = HEADERS | {name: failed.headers[name] for name in KEPT & failed.headers.keys()}
+    return answer({"error": HINTS.get(failed.status, failed.text)}, failed.status, headers)
 
 
 async def api(request: web.Request) -> web.Response:
@@ -522,10 +513,8 @@ async def stats(request: web.Request) -> web.StreamResponse:
     limit, offset = number(request, "limit", 10**15), number(request, "offset", 0)
     _, urls = await request.app[STORE].totals()
     pages = request.app[STORE].ranked(offset, limit)
-    nothing: list[tuple[str, int]] = []
-    rows = await anext(pages, nothing)  # before the headers: until then a failure can be a 503
+    rows = await anext(pages, None)  # before the headers: until then a failure can be a 503
     response = web.StreamResponse(headers=HEADERS | {"X-Total-Count": str(urls)})
-    response.content_type = "application/json"
     await response.prepare(request)
     if request.method == "HEAD":
         return response
@@ -535,7 +524,7 @@ async def stats(request: web.Request) -> web.StreamResponse:
             page = json.dumps([{"count": hits, "url": url} for url, hits in rows])
             await response.write((opening + page[1:-1]).encode())
             opening = ", "
-            rows = await anext(pages, nothing)
+            rows = await anext(pages, None)
         await response.write(b"[]" if opening == "[" else b"]")
     except (RedisError, ConnectionError) as error:
         log.warning("list broken off", extra={"error": str(error)})
@@ -582,17 +571,16 @@ def from_another_site(request: web.Request) -> bool:
 
 async def health(request: web.Request) -> web.Response:
     commits, store = request.app[COMMITS], request.app[STORE]
-    uptime = round(time.monotonic() - request.app[STARTED], 1)
+    report = {"status": "healthy", "redis": store.state, "pending": commits.pending}
+    uptime = {"uptime_s": round(time.monotonic() - request.app[STARTED], 1)}
     try:
         if commits.away_since:
             raise RedisError(commits.error)
         hits, urls = await store.totals()
     except RedisError as error:
-        sick = {"status": "unhealthy", "redis": "disconnected", "pending": commits.pending}
-        sick |= {"uptime_s": uptime, "error": str(error)}
-        return answer(sick, 503, HEADERS | RETRY_AFTER)
-    well = {"status": "healthy", "redis": store.state, "pending": commits.pending}
-    return answer(well | {"hits": hits, "urls": urls, "uptime_s": uptime})
+        report |= {"status": "unhealthy", "redis": "disconnected", "error": str(error)}
+        return answer(report | uptime, 503, HEADERS | RETRY_AFTER)
+    return answer(report | {"hits": hits, "urls": urls} | uptime)
 
 
 async def ignore_expect(request: web.Request) -> None:
@@ -675,15 +663,16 @@ def main() -> None:
         configure_logging(settings.log_format)
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         sock = socket.create_server((settings.host, settings.port), family=family)
-        url = URL.build(scheme="http", host=settings.host, port=sock.getsockname()[1])
+        host, port = sock.getsockname()[:2]
+        url = URL.build(scheme="http", host=host, port=port, path="/stats/")
         web.run_app(
             create_app(settings),
             sock=sock,
             backlog=1024,
-            print=lambda _: log.info("serving", extra={"stats": f"{url}/stats/"}),
+            print=lambda _: log.info("serving", extra={"stats": str(url)}),
             access_log=None,  # it would cost as much as counting does
-            shutdown_timeout=3,  # seconds for requests that are being answered
-            loop=uvloop.new_event_loop() if uvloop else None,
+            shutdown_timeout=3,  # seconds for the requests that are being answered
+            loop=uvloop.new_event_loop() if sys.platform != "win32" else None,
         )
     except UserError as error:
         sys.exit(f"server.py: {error}")
