@@ -49,10 +49,12 @@ from pythonjsonlogger.json import JsonFormatter
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 from yarl import URL
 
 if sys.platform != "win32":
+    import resource
+
     import uvloop
 
 log = logging.getLogger("server")
@@ -189,6 +191,15 @@ class RedisStore:
                 self.spoiled.add(key)
                 log.error("not a number, hits on it are lost", extra={"key": key.decode()})
 
+    async def safety(self) -> dict[str, str]:
+        """The settings of Redis that the counts' safety rests on."""
+        names = ("appendonly", "appendfsync", "maxmemory-policy")
+        try:
+            config = await self.writer.config_get(*names)
+        except ResponseError:  # CONFIG is often forbidden
+            config = {}
+        return {name: config.get(name) or "unknown" for name in names}
+
     async def totals(self) -> tuple[int, int]:
         """The sum of all counts, and the number of URLs."""
         hits = await self.reader.get("url_total")
@@ -223,6 +234,8 @@ class MemoryStore:
     def __init__(self, max_urls: int) -> None:
         self.max_urls = max_urls
         self.counts: Counter[str] = Counter()
+
+    async def open(self) -> None: ...
 
     async def commit(self, instance: str, sequence: int, hits: Mapping[str, int]) -> None:
         for url, n in hits.items():
@@ -264,7 +277,10 @@ async def connect(redis_url: str, max_urls: int) -> Store:
             raise UserError(f"REDIS_URL={shown}: {error}") from None
         log.warning("no redis, counts are lost on exit", extra={"error": str(error)})
         return MemoryStore(max_urls)
-    log.info("counting in redis", extra={"redis": shown})
+    safety = await store.safety()
+    log.info("counting in redis", extra={"redis": shown} | safety)
+    if safety["appendonly"] == "no" or safety["maxmemory-policy"] not in ("noeviction", "unknown"):
+        log.warning("redis can lose or evict counts", extra=safety)
     return store
 
 
@@ -346,6 +362,8 @@ class GroupCommit:
         self.sequence += 1
         for attempt in count():
             try:
+                if attempt:  # Redis may have come back empty, or without its index
+                    await self.store.open()
                 await self.store.commit(self.instance, self.sequence, self.slice)
                 break
             except Exception as error:  # whatever it is, no hit may be lost
@@ -663,6 +681,9 @@ def main() -> None:
         configure_logging(settings.log_format)
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         sock = socket.create_server((settings.host, settings.port), family=family)
+        if sys.platform != "win32":  # one open file a client: take all that we may have
+            most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         host, port = sock.getsockname()[:2]
         url = URL.build(scheme="http", host=host, port=port, path="/stats/")
         web.run_app(

@@ -4,6 +4,7 @@ Nothing here sleeps and hopes: what takes time is polled for. No Redis but our o
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -14,7 +15,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -653,19 +656,26 @@ async def test_a_lost_index_is_built_again(redis_server: RedisServer) -> None:
 class Server:
     """server.py as a user runs it."""
 
-    def __init__(self, log: Path, redis_url: str = "", **env: str) -> None:
+    def __init__(self, log: Path, redis_url: str = "", code: str = "", **env: str) -> None:
         self.port, self.log = free_port(), log
         self.base = f"http://127.0.0.1:{self.port}"
         # Without REDIS_URL it would try the machine's own Redis, which is not ours to touch.
-        code = f"import server; server.DEFAULT_REDIS_URL = {NO_REDIS!r}; server.main()"
+        code = code or f"import server; server.DEFAULT_REDIS_URL = {NO_REDIS!r}; server.main()"
         kept = {"PATH": os.environ["PATH"], "PORT": str(self.port), "REDIS_URL": redis_url}
         with log.open("wb") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", code], cwd=HERE, env=kept | env, stderr=stderr
+                [sys.executable, "-uc", code],
+                cwd=HERE,
+                env=kept | env,
+                stdout=stderr,
+                stderr=stderr,
             )
 
+    def serves(self) -> bool:
+        return "serving" in self.log.read_text() or self.process.poll() is not None
+
     def __enter__(self) -> "Server":
-        wait_for(lambda: "serving" in self.log.read_text() or self.process.poll() is not None)
+        wait_for(self.serves)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -785,6 +795,340 @@ async def test_stopping_ends_a_test_run_early_and_answers_it(
     assert report["failed"] == 0
     assert sum(redis_server.counts().values()) == report["ok"]
     redis_server.check_index()
+
+
+# --- Under fire -----------------------------------------------------------------------------------
+# The promise: an answered request is in Redis exactly once. The check is that of Jepsen's counter:
+# for every URL, answered <= count <= answered + cut off without an answer.
+
+
+class Proxy:
+    """Stands between the server and Redis, and spoils commits on demand."""
+
+    def __init__(self, redis_port: int) -> None:
+        self.redis_port, self.port = redis_port, 0
+        self.swallow = 0  # replies to commits still to be dropped, and their line cut
+        self.delay = 0  # commits still to be held back while their line is cut
+        self.late: list[tuple[bytes, asyncio.StreamWriter]] = []
+        self.writers: set[asyncio.StreamWriter] = set()
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> "Proxy":
+        self.server = await asyncio.start_server(self.connect, "127.0.0.1", 0)
+        self.port = self.server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.server.close()
+        for writer in self.writers:
+            writer.close()
+        if self.tasks:
+            await asyncio.wait(self.tasks)
+
+    async def connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task
+        self.tasks.add(task)
+        try:
+            from_redis, to_redis = await asyncio.open_connection("127.0.0.1", self.redis_port)
+        except OSError:
+            return writer.close()
+        self.writers |= {writer, to_redis}
+        dropping = asyncio.Event()
+        back = asyncio.create_task(self.pass_back(from_redis, writer, dropping))
+        with contextlib.suppress(OSError):
+            while data := await reader.read(1 << 20):
+                commit = b"EVALSHA" in data or b"INCR" in data
+                if commit and self.delay:
+                    self.delay -= 1
+                    self.late.append((data, to_redis))
+                    return writer.close()
+                if commit and self.swallow:
+                    self.swallow -= 1
+                    dropping.set()
+                to_redis.write(data)
+        back.cancel()
+        writer.close()
+        return to_redis.close()
+
+    async def pass_back(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, dropping: asyncio.Event
+    ) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(1 << 20):
+                if dropping.is_set():
+                    break
+                writer.write(data)
+        writer.close()
+
+    def deliver_late(self) -> None:
+        """Hand the commits that were held back to Redis, long after their copies."""
+        for data, to_redis in self.late:
+            to_redis.write(data)
+        self.late.clear()
+
+
+class Load:
+    """Clients that never retry, and note what became of every request."""
+
+    def __init__(self, port: int, urls: int = 50) -> None:
+        self.port, self.urls = port, urls
+        self.answered: Counter[str] = Counter()
+        self.unknown: Counter[str] = Counter()
+        self.failed: Counter[str] = Counter()  # by status line
+        self.slowest = 0.0
+        self.stopping = False
+
+    async def __aenter__(self) -> "Load":
+        self.clients = [asyncio.create_task(self.client(n)) for n in range(16)]
+        await self.more(200)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.stopping = True
+        await asyncio.gather(*self.clients)
+
+    async def more(self, n: int) -> None:
+        """Return when n more requests have been answered."""
+        goal = self.answered.total() + n
+        await until(lambda: self.answered.total() >= goal)
+
+    async def client(self, number: int) -> None:
+        while not self.stopping:
+            try:
+                reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+            except OSError:
+                return  # the server has stopped
+            while not self.stopping and await self.request(reader, writer, number):
+                number += 1
+            writer.close()
+
+    async def request(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int
+    ) -> bool:
+        """Whether the connection goes on."""
+        url = f"/api/{number % self.urls}/"
+        started = time.monotonic()
+        try:
+            writer.write(f"GET {url} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            body = re.search(r"Content-Length: (\d+)", head)
+            await reader.readexactly(int(body[1]) if body else 0)
+        except (OSError, asyncio.IncompleteReadError):
+            self.unknown[url] += 1
+            return False
+        self.slowest = max(self.slowest, time.monotonic() - started)
+        status = head.partition("\r\n")[0]
+        self.answered[url] += status == "HTTP/1.1 200 OK"
+        self.failed[status] += status != "HTTP/1.1 200 OK"
+        return "Connection: close" not in head
+
+    def lost_and_double(self, counts: Mapping[str, int]) -> tuple[int, int]:
+        """Hits that were answered and are not there; hits that nobody sent."""
+        urls = self.answered | self.unknown | Counter(counts)
+        lost = sum(max(0, self.answered[url] - counts.get(url, 0)) for url in urls)
+        most = self.answered + self.unknown
+        return lost, sum(max(0, counts.get(url, 0) - most[url]) for url in urls)
+
+
+async def until(condition: Callable[[], object], seconds: float = 20) -> None:
+    """wait_for() for a test whose own tasks must go on meanwhile."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        await asyncio.sleep(0.01)
+
+
+async def settled(process: Server) -> dict[str, Any]:
+    """/health of a server that holds no hits any more."""
+    async with ClientSession(process.base) as session:
+        while True:
+            async with session.get("/health") as response:
+                report: dict[str, Any] = await response.json()
+            if response.status == 200 and report["pending"] == 0:
+                return report
+            await asyncio.sleep(0.05)
+
+
+@dataclass
+class Rig:
+    """A real server process under load, its own Redis, and the proxy between them."""
+
+    redis: RedisServer
+    proxy: Proxy
+    server: Server
+    load: Load
+
+
+async def replies_swallowed(rig: Rig) -> None:
+    for _ in range(10):
+        rig.proxy.swallow = 1
+        await until(lambda: not rig.proxy.swallow)
+        await rig.load.more(50)
+
+
+async def old_copies_arrive_late(rig: Rig) -> None:
+    for _ in range(5):
+        rig.proxy.delay = 1
+        await until(lambda: rig.proxy.late)
+        await rig.load.more(200)  # the resent copy has been confirmed, and newer ones after it
+        rig.proxy.deliver_late()
+        await rig.load.more(50)
+
+
+async def redis_killed(rig: Rig) -> None:
+    for seconds in (0.0, 0.3, 1.5):
+        rig.redis.kill()
+        await asyncio.sleep(seconds)
+        await asyncio.to_thread(rig.redis.start)
+        await rig.load.more(200)
+
+
+async def redis_stopped(rig: Rig) -> None:
+    rig.redis.process.send_signal(signal.SIGSTOP)
+    await asyncio.sleep(3)
+    rig.redis.process.send_signal(signal.SIGCONT)
+
+
+async def redis_loading(rig: Rig) -> None:
+    rig.redis.client.execute_command("DEBUG", "POPULATE", 20_000)
+    rig.redis.client.bgrewriteaof()
+    await until(lambda: not rig.redis.client.info("persistence")["aof_rewrite_in_progress"])
+    rig.redis.kill()
+    slowly = "--key-load-delay 20 --loading-process-events-interval-bytes 1024"
+    await asyncio.to_thread(rig.redis.start, *slowly.split())
+
+
+async def scripts_flushed(rig: Rig) -> None:
+    for _ in range(10):
+        rig.redis.client.script_flush()
+        await rig.load.more(50)
+
+
+async def clients_killed(rig: Rig) -> None:
+    for _ in range(10):
+        rig.redis.client.execute_command("CLIENT", "KILL", "TYPE", "normal")
+        await rig.load.more(50)
+
+
+async def out_of_memory(rig: Rig) -> None:
+    rig.redis.client.config_set("maxmemory", 1)
+    await until(lambda: "command not allowed when used memory" in rig.server.log.read_text())
+    await rig.load.more(500)
+    rig.redis.client.config_set("maxmemory", 0)
+
+
+async def read_only(rig: Rig) -> None:
+    rig.redis.client.replicaof("127.0.0.1", "1")
+    await until(lambda: "read only replica" in rig.server.log.read_text())
+    await rig.load.more(500)
+    rig.redis.client.replicaof("NO", "ONE")
+
+
+async def index_spoiled(rig: Rig) -> None:
+    rig.redis.client.delete("url_rank")
+    rig.redis.client.set("url_rank", "not a sorted set")
+    await until(lambda: "WRONGTYPE" in rig.server.log.read_text())
+    await rig.load.more(500)
+    rig.redis.client.delete("url_rank")
+
+
+async def clients_hang_up(rig: Rig) -> None:
+    for n in range(300):
+        _, writer = await asyncio.open_connection("127.0.0.1", rig.load.port)
+        url = f"/api/{n % rig.load.urls}/"
+        writer.write(f"GET {url} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        rig.load.unknown[url] += 1
+        writer.transport.abort()
+
+
+FAULTS = [
+    replies_swallowed,
+    old_copies_arrive_late,
+    redis_killed,
+    redis_stopped,
+    redis_loading,
+    scripts_flushed,
+    clients_killed,
+    out_of_memory,
+    read_only,
+    index_spoiled,
+    clients_hang_up,
+]
+
+
+@pytest.fixture
+async def rig_of(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Rig]]]:
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def start(code: str = "") -> Rig:
+            redis_server = RedisServer(tmp_path)
+            stack.callback(redis_server.client.close)
+            stack.callback(redis_server.kill)
+            proxy = await stack.enter_async_context(Proxy(redis_server.port))
+            url = f"redis://127.0.0.1:{proxy.port}/0"
+            process = Server(tmp_path / "log", url, code=code)
+            stack.callback(process.__exit__)
+            await until(process.serves)
+            return Rig(redis_server, proxy, process, Load(process.port))
+
+        yield start
+
+
+def report(name: str, rig: Rig) -> tuple[int, int, int]:
+    """Lost, double and failed requests; `pytest -rP` shows the row."""
+    lost, double = rig.load.lost_and_double(rig.redis.counts())
+    failed, slowest = rig.load.failed.total(), rig.load.slowest
+    answered = rig.load.answered.total()
+    print(f"| {name} | {answered} | {lost} | {double} | {failed} | {slowest:.2f} s |")
+    return lost, double, failed
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+async def test_nothing_is_lost_nothing_counts_twice_no_request_fails(
+    rig_of: Callable[..., Awaitable[Rig]], fault: Callable[[Rig], Awaitable[None]]
+) -> None:
+    rig = await rig_of()
+    async with rig.load:
+        await fault(rig)
+        await rig.load.more(200)
+    await settled(rig.server)
+    assert report(fault.__name__, rig) == (0, 0, 0)
+    assert rig.load.slowest < 1.5
+    rig.redis.check_index()
+    assert rig.server.stop() == 0
+
+
+# What the rig is worth: the same load and faults on one awaited INCR a request.
+NAIVE = """
+import os
+from aiohttp import web
+from redis.asyncio import Redis
+from yarl import URL
+
+url = URL(os.environ["REDIS_URL"])
+redis = Redis(host=url.host, port=url.port)
+
+async def api(request):
+    await redis.incr("url_count:" + request.path)
+    return web.json_response({})
+
+app = web.Application()
+app.router.add_get("/api/{tail:.*}", api)
+web.run_app(app, host="127.0.0.1", port=int(os.environ["PORT"]), print=lambda _: print("serving"))
+"""
+
+
+@pytest.mark.parametrize("fault", [replies_swallowed, old_copies_arrive_late])
+async def test_control_the_naive_server_miscounts(
+    rig_of: Callable[..., Awaitable[Rig]], fault: Callable[[Rig], Awaitable[None]]
+) -> None:
+    rig = await rig_of(NAIVE)
+    async with rig.load:
+        await fault(rig)
+        await rig.load.more(200)
+    lost, double, failed = report(f"control: {fault.__name__}", rig)
+    assert lost + double + failed > 0
 
 
 # --- The README -----------------------------------------------------------------------------------
