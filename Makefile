@@ -6,7 +6,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run run-local test lint up down redis-server
+.PHONY: help setup run run-local test soak lint up down redis-server
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 14
@@ -20,6 +20,9 @@ run-local: run  ## the same, under its older name
 
 test: $(VENV)/dev redis-server  ## run the tests, with a real redis-server
 	$(VENV)/bin/python -m pytest
+
+soak: $(VENV)/dev redis-server  ## ten minutes of random faults under load
+	$(VENV)/bin/python -m pytest -m soak -s
 
 lint: $(VENV)/dev  ## check style and types
 	$(VENV)/bin/ruff check .
