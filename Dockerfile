@@ -7,7 +7,7 @@ WORKDIR /app
 # The packages before the source: they change less often, so their layer is kept.
 COPY requirements.txt .
 RUN pip install --no-cache-dir --disable-pip-version-check -r requirements.txt
-COPY server.py ./
+COPY server.py dashboard.html ./
 
 USER 10001:10001
 EXPOSE 5000

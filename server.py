@@ -7,6 +7,8 @@
     POST /test/<n>/       sends n random requests to this server and reports on them;
                           ?seed= repeats a run, ?concurrency= is 1 to 256 (32)
     GET /health           {"status": "healthy", "redis": "connected", ...}, or 503
+    GET /metrics          the same and more for Prometheus
+    GET /                 the live page
 
 A request counts once, when it arrives, under its decoded path with a trailing slash. Its answer
 means that the hit is in the store. Errors are JSON: {"error": "what is wrong, what is right"}.
@@ -34,17 +36,23 @@ import secrets
 import socket
 import sys
 import time
+from base64 import b64encode
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from hashlib import sha256
 from itertools import count, islice
+from pathlib import Path
 from typing import Any, Self, cast
 
 import aiohttp
-from aiohttp import web
+import prometheus_client as prom
+from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
-from pythonjsonlogger.core import RESERVED_ATTRS, merge_record_extra
+from prometheus_client.aiohttp import make_aiohttp_handler
+from prometheus_client.multiprocess import MultiProcessCollector
 from pythonjsonlogger.json import JsonFormatter
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
@@ -168,14 +176,12 @@ class RedisStore:
         """
         if await self.writer.exists("url_schema", "url_rank") == 2:
             return
-        instance, urls, cursor, report_at = secrets.token_hex(8), 0, 0, 0.0
+        instance, urls, cursor = secrets.token_hex(8), 0, 0
         for page in count(1):
             cursor, keys = await self.writer.scan(cursor, "url_count:*", PAGE, "STRING")
-            found = [cast(bytes, key).decode(errors="surrogateescape") for key in keys]
-            await self.commit(instance, page, {key.removeprefix("url_count:"): 0 for key in found})
+            await self.apply(instance, page, keys, [0] * len(keys))
             urls += len(keys)
-            if keys and (not cursor or time.monotonic() > report_at):
-                report_at = time.monotonic() + 1
+            if keys and (page % 100 == 0 or not cursor):
                 log.info("indexing earlier counts", extra={"urls": urls, "done": not cursor})
             if not cursor:
                 break
@@ -183,22 +189,19 @@ class RedisStore:
 
     async def commit(self, instance: str, sequence: int, hits: Mapping[str, int]) -> None:
         """Add hits {url: n}, but once: nothing if instance has used that sequence number."""
-        names = [f"url_commit:{instance}", "url_rank", "url_total", f"url_count:{OTHER}"]
-        names += [f"url_count:{url}" for url in hits]
-        keys = [name.encode(errors="surrogateescape") for name in names]
-        for key in await self.script(keys, [sequence, self.max_urls, *hits.values()]):
+        keys = [f"url_count:{url}" for url in hits]
+        await self.apply(instance, sequence, keys, hits.values())
+
+    async def apply(
+        self, instance: str, sequence: int, keys: Sequence[str | bytes], hits: Iterable[int]
+    ) -> None:
+        fixed = [f"url_commit:{instance}", "url_rank", "url_total", f"url_count:{OTHER}"]
+        for key in await self.script([*fixed, *keys], [sequence, self.max_urls, *hits]):
             if key not in self.spoiled:
                 self.spoiled.add(key)
-                log.error("not a number, hits on it are lost", extra={"key": key.decode()})
-
-    async def safety(self) -> dict[str, str]:
-        """The settings of Redis that the counts' safety rests on."""
-        names = ("appendonly", "appendfsync", "maxmemory-policy")
-        try:
-            config = await self.writer.config_get(*names)
-        except ResponseError:  # CONFIG is often forbidden
-            config = {}
-        return {name: config.get(name) or "unknown" for name in names}
+                log.error(
+                    "not a number, hits on it are lost", extra={"key": key.decode(errors="replace")}
+                )
 
     async def totals(self) -> tuple[int, int]:
         """The sum of all counts, and the number of URLs."""
@@ -277,7 +280,12 @@ async def connect(redis_url: str, max_urls: int) -> Store:
             raise UserError(f"REDIS_URL={shown}: {error}") from None
         log.warning("no redis, counts are lost on exit", extra={"error": str(error)})
         return MemoryStore(max_urls)
-    safety = await store.safety()
+    names = ("appendonly", "appendfsync", "maxmemory-policy")
+    try:
+        config = await store.writer.config_get(*names)
+    except ResponseError:  # CONFIG is often forbidden
+        config = {}
+    safety = {name: config.get(name) or "unknown" for name in names}
     log.info("counting in redis", extra={"redis": shown} | safety)
     if safety["appendonly"] == "no" or safety["maxmemory-policy"] not in ("noeviction", "unknown"):
         log.warning("redis can lose or evict counts", extra=safety)
@@ -296,6 +304,44 @@ MAX_BACKLOG = 100_000  # URLs held while the store is away
 RETRY_AFTER = {"Retry-After": "1"}
 
 
+class Metrics:
+    """What /metrics shows of one server."""
+
+    def __init__(self) -> None:
+        registry = self.registry = prom.CollectorRegistry()
+        labels = ["method", "route", "code"]
+        self.requests = prom.Counter("http_requests", "Answers", labels, registry=registry)
+        name = "http_request_duration_seconds"
+        self.seconds = prom.Histogram(name, "Time to answer", ["route"], registry=registry)
+        self.hits = prom.Counter("url_hits", "Hits committed", registry=registry)
+        sizes, name = [4**n for n in range(9)], "url_commit_hits"
+        self.commit_hits = prom.Histogram(
+            name, "Hits in a commit", buckets=sizes, registry=registry
+        )
+        name = "url_commit_seconds"
+        self.commit_seconds = prom.Histogram(name, "Time to commit", registry=registry)
+        self.pending = prom.Gauge(
+            "url_hits_pending", "Hits to commit", registry=registry, multiprocess_mode="livesum"
+        )
+        self.up = prom.Gauge(
+            "redis_up", "1 if Redis answers", registry=registry, multiprocess_mode="livemin"
+        )
+        self.up.set(1)
+        self.bound = cache(self.bind)  # because labels() costs more than what it is for
+
+    def bind(
+        self, method: str, resource: web.AbstractResource | None, code: int
+    ) -> tuple[Callable[[], None], Callable[[float], None]]:
+        route = resource.canonical.replace("{slash}", "/") if resource else "none"
+        return self.requests.labels(method, route, code).inc, self.seconds.labels(route).observe
+
+    def observe(self, request: web.Request, code: int, seconds: float) -> None:
+        method = request.method if request.method in hdrs.METH_ALL else "OTHER"
+        count_one, observe = self.bound(method, request.match_info.route.resource, code)
+        count_one()
+        observe(seconds)
+
+
 @dataclass
 class Batch:
     hits: dict[str, int] = field(default_factory=dict)
@@ -306,14 +352,15 @@ class Batch:
 class GroupCommit:
     """Counts every hit in a store exactly once. Leaving its context commits what is left."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    def __init__(self, store: Store, metrics: Metrics) -> None:
+        self.store, self.metrics = store, metrics
         self.instance, self.sequence = secrets.token_hex(8), 0
         self.open = Batch()  # takes hits
         self.flying = Batch()  # on its way to the store, slice by slice
         self.slice: dict[str, int] = {}  # sent, not confirmed: perhaps applied
         self.pending = 0  # hits taken, not confirmed
         self.away_since = 0.0  # loop time when the store was lost; 0 while it answers
+        self.held = 0  # hits confirmed since then
         self.error: Exception = TimeoutError("no answer within a second")
         self.stopping = False
         self.wake = asyncio.Event()
@@ -344,8 +391,8 @@ class GroupCommit:
         while self.open.hits or not self.stopping:
             await self.wake.wait()
             self.wake.clear()
-            batch, held = self.open, self.pending
-            self.flying, self.open = batch, Batch()
+            batch = self.flying = self.open
+            self.open = Batch()
             patience = self.loop.call_at(batch.born + PATIENCE, self.stop_waiting)
             while batch.hits:
                 self.slice = dict(islice(batch.hits.items(), PAGE))
@@ -354,12 +401,15 @@ class GroupCommit:
             batch.committed.set()
             if self.away_since and len(self.open.hits) <= PAGE:
                 seconds = round(self.loop.time() - self.away_since, 1)
-                log.info("redis is back", extra={"hits": held, "seconds": seconds})
+                hits = self.held + self.pending
+                log.info("redis is back", extra={"hits": hits, "seconds": seconds})
+                self.metrics.up.set(1)
                 self.away_since, self.open.born = 0.0, self.loop.time()
 
     async def commit_slice(self) -> None:
         """Send the slice, unchanged, until the store confirms its sequence number."""
         self.sequence += 1
+        started = self.loop.time()
         for attempt in count():
             try:
                 if attempt:  # Redis may have come back empty, or without its index
@@ -368,17 +418,25 @@ class GroupCommit:
                 break
             except Exception as error:  # whatever it is, no hit may be lost
                 self.error = error
+                self.metrics.pending.set(self.pending)
                 await asyncio.sleep(RETRY_PAUSE if attempt else 0)
-        for url, n in self.slice.items():
+        hits = sum(self.slice.values())
+        self.pending -= hits
+        self.held += hits
+        self.metrics.hits.inc(hits)
+        self.metrics.pending.set(self.pending)
+        self.metrics.commit_hits.observe(hits)
+        self.metrics.commit_seconds.observe(self.loop.time() - started)
+        for url in self.slice:
             del self.flying.hits[url]
-            self.pending -= n
         self.slice = {}
 
     def stop_waiting(self) -> None:
         """The store is away: answer those who wait, and let nobody wait until it is back."""
         if not self.away_since:
-            self.away_since = self.loop.time()
+            self.away_since, self.held = self.loop.time(), 0
             log.error("redis is away, hits are held", extra={"error": str(self.error)})
+            self.metrics.up.set(0)
         for batch in (self.flying, self.open):
             batch.committed.set()
             batch.committed.clear()  # whoever comes when the store is back waits again
@@ -470,10 +528,11 @@ class TestRun:
 # whatever goes wrong. Handlers are plain functions: parse, ask the store, answer.
 
 MAX_PATH = 2048  # characters
-HEADERS = {"Content-Type": "application/json", "X-Content-Type-Options": "nosniff"}
+NOSNIFF = {"X-Content-Type-Options": "nosniff"}
+HEADERS = NOSNIFF | {"Content-Type": "application/json"}
 KEPT = {"Allow", "Retry-After"}  # headers of an error that its JSON form has too
 HINTS = {
-    404: "nothing is here: try /api/..., /stats/, /health or POST /test/<n>/",
+    404: "nothing is here: try /, /api/..., /stats/, /health, /metrics or POST /test/<n>/",
     405: "the path is right, the method is not: see the Allow header",
 }
 
@@ -483,6 +542,7 @@ COMMITS = web.AppKey("commits", GroupCommit)
 TEST_RUN = web.AppKey("test_run", asyncio.Lock)
 STOPPING = web.AppKey("stopping", asyncio.Event)
 STARTED = web.AppKey("started", float)
+METRICS = web.AppKey("metrics", Metrics)
 
 
 def answer(data: object, status: int = 200, headers: Mapping[str, str] = HEADERS) -> web.Response:
@@ -499,27 +559,34 @@ def number(request: web.Request, name: str, default: int, low: int = 0, high: in
 
 @web.middleware
 async def count_and_guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-    failed: web.HTTPException
-    path = request.path
+    """Count a request under /api/, answer errors in JSON, observe how it went."""
+    started, path = time.perf_counter(), request.path
     try:
         if path.startswith("/api/"):
             if len(path) > MAX_PATH:
                 text = f"a path has at most {MAX_PATH} characters, this one has {len(path)}"
                 raise web.HTTPRequestURITooLong(text=text)
             await request.app[COMMITS].hit(counted_url(path))
-        return await handler(request)
+        response = await handler(request)
     except web.HTTPException as error:
-        failed = error
+        response = failure(error)
     except UserError as error:
-        failed = web.HTTPBadRequest(text=str(error))
+        response = failure(web.HTTPBadRequest(text=str(error)))
     except RedisError as error:
         text = f"Redis does not answer: {error}"
-        failed = web.HTTPServiceUnavailable(text=text, headers=RETRY_AFTER)
+        response = failure(web.HTTPServiceUnavailable(text=text, headers=RETRY_AFTER))
     except Exception:
         log.exception("unexpected error", extra={"path": path})
-        failed = web.HTTPInternalServerError(text="unexpected error: the server's log has it")
-    headers = HEADERS | {name: failed.headers[name] for name in KEPT & failed.headers.keys()}
-    return answer({"error": HINTS.get(failed.status, failed.text)}, failed.status, headers)
+        text = "unexpected error: the server's log has it"
+        response = failure(web.HTTPInternalServerError(text=text))
+    request.app[METRICS].observe(request, response.status, time.perf_counter() - started)
+    return response
+
+
+def failure(error: web.HTTPException) -> web.Response:
+    """The JSON form of an error."""
+    headers = HEADERS | {name: error.headers[name] for name in KEPT & error.headers.keys()}
+    return answer({"error": HINTS.get(error.status, error.text)}, error.status, headers)
 
 
 async def api(request: web.Request) -> web.Response:
@@ -605,14 +672,30 @@ async def ignore_expect(request: web.Request) -> None:
     """Nobody reads the body of a counted request, and a 417 would come before the count."""
 
 
-ROUTES = [
-    web.get("/stats{_:/?}", stats),
-    web.get("/stats{_:/api/(?s:.*)}", stats_of_url),
-    web.post("/test/{n}{_:/?}", test),
-    web.get("/health{_:/?}", health),
-    # (?s:.*) also takes a newline: %0A is as good a character as any other.
-    web.route("*", "/api/{_:(?s:.*)}", api, expect_handler=ignore_expect),
-]
+async def metrics(request: web.Request) -> web.StreamResponse:
+    registry = request.app[METRICS].registry
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:  # several processes: add up what they wrote there
+        registry = prom.CollectorRegistry()
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    response = await make_aiohttp_handler(registry)(request)
+    response.headers.update(NOSNIFF)
+    return response
+
+
+def live_page() -> Handler:
+    """Serves dashboard.html, to which its policy allows its own style and script and no other."""
+    page = Path(__file__).with_name("dashboard.html").read_text(encoding="utf-8")
+    policy = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    policy += "; connect-src 'self'; img-src data:"
+    for tag, block in re.findall(r"<(style|script)>(.*?)</\1>", page, re.DOTALL):
+        policy += f"; {tag}-src 'sha256-{b64encode(sha256(block.encode()).digest()).decode()}'"
+    headers = NOSNIFF | {"Content-Security-Policy": policy}
+
+    async def live(request: web.Request) -> web.Response:
+        return web.Response(text=page, content_type="text/html", headers=headers)
+
+    return live
+
 
 # --- Lifecycle ------------------------------------------------------------------------------------
 # A host (main, gunicorn, a test) enters it before the first request and leaves it after the last.
@@ -624,7 +707,7 @@ async def lifecycle(app: web.Application) -> AsyncIterator[None]:
     settings = app[SETTINGS]
     app[STARTED] = time.monotonic()
     store = await connect(settings.redis_url, settings.max_urls)
-    async with aclosing(store), GroupCommit(store) as commits:
+    async with aclosing(store), GroupCommit(store, app[METRICS]) as commits:
         app[STORE], app[COMMITS] = store, commits
         yield
     log.info("stopped")
@@ -642,28 +725,41 @@ async def create_app(settings: Settings | None = None) -> web.Application:
         configure_logging(settings.log_format)
     app = web.Application(middlewares=[count_and_guard])
     app[SETTINGS], app[TEST_RUN], app[STOPPING] = settings, asyncio.Lock(), asyncio.Event()
-    app.add_routes(ROUTES)
+    app[METRICS] = Metrics()
+    app.add_routes(
+        [
+            web.get("/", live_page()),
+            web.get("/stats{slash:/?}", stats),
+            web.get("/stats{url:/api/(?s:.*)}", stats_of_url),
+            web.post("/test/{n}{slash:/?}", test),
+            web.get("/health{slash:/?}", health),
+            web.get("/metrics{slash:/?}", metrics),
+            # (?s:.*) also takes a newline: %0A is as good a character as any other.
+            web.route("*", "/api/{tail:(?s:.*)}", api, expect_handler=ignore_expect),
+        ]
+    )
     app.cleanup_ctx.append(lifecycle)
     app.on_shutdown.append(stop_test_run)
     return app
 
 
-class TextFormatter(logging.Formatter):
-    """One line for a person: time, level, event, then its fields as name=JSON."""
+class TextFormatter(JsonFormatter):
+    """The same event as a line for a person."""
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        extra = merge_record_extra(record, {}, reserved=RESERVED_ATTRS)
-        fields = [f"{name}={json.dumps(value)}" for name, value in extra.items()]
-        return " ".join([super().formatMessage(record), *fields])
+    def jsonify_log_record(self, log_data: dict[str, Any]) -> str:
+        at, level, event = (log_data.pop(name) for name in ("time", "level", "event"))
+        fields = [f"{name}={json.dumps(value)}" for name, value in log_data.items()]
+        return " ".join([f"{at:%H:%M:%S} {level:7} {event}", *fields])
 
 
 def configure_logging(log_format: str) -> None:
     """One event a line, on standard error."""
-    text = TextFormatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
+    formatter = TextFormatter if log_format == "text" else JsonFormatter
     names = {"levelname": "level", "message": "event"}
-    lines = JsonFormatter("%(levelname)s %(message)s", rename_fields=names, timestamp="time")
     handler = logging.StreamHandler()
-    handler.setFormatter(text if log_format == "text" else lines)
+    handler.setFormatter(
+        formatter("%(levelname)s %(message)s", rename_fields=names, timestamp="time")
+    )
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     # Its errors are clients' (bytes that are not HTTP), a traceback each; ours never get that far.
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
@@ -684,16 +780,22 @@ def main() -> None:
         if sys.platform != "win32":  # one open file a client: take all that we may have
             most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        loop = asyncio.new_event_loop() if sys.platform == "win32" else uvloop.new_event_loop()
+        app = loop.run_until_complete(create_app(settings))
         host, port = sock.getsockname()[:2]
-        url = URL.build(scheme="http", host=host, port=port, path="/stats/")
+        base = URL.build(scheme="http", host=host, port=port)
+        urls = {
+            name: f"{base}{path}"
+            for name, path in (("page", "/"), ("stats", "/stats/"), ("metrics", "/metrics"))
+        }
         web.run_app(
-            create_app(settings),
+            app,
             sock=sock,
             backlog=1024,
-            print=lambda _: log.info("serving", extra={"stats": str(url)}),
+            print=lambda _: log.info("started", extra=urls | {"redis": app[STORE].state}),
             access_log=None,  # it would cost as much as counting does
             shutdown_timeout=3,  # seconds for the requests that are being answered
-            loop=uvloop.new_event_loop() if sys.platform != "win32" else None,
+            loop=loop,
         )
     except UserError as error:
         sys.exit(f"server.py: {error}")
