@@ -6,7 +6,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run run-local test soak lint up down redis-server
+.PHONY: help setup run run-local test soak picture lint up down redis-server
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 14
@@ -23,6 +23,9 @@ test: $(VENV)/dev redis-server  ## run the tests, with a real redis-server
 
 soak: $(VENV)/dev redis-server  ## ten minutes of random faults under load
 	$(VENV)/bin/python -m pytest -m soak -s
+
+picture: $(VENV)/dev  ## take the picture of the live page again (needs chromium)
+	PICTURES=docs $(VENV)/bin/python -m pytest -m picture -k page
 
 lint: $(VENV)/dev  ## check style and types
 	$(VENV)/bin/ruff check .

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import hypothesis
 import pytest
@@ -29,10 +29,12 @@ import redis
 from aiohttp import ClientError, ClientSession, web
 from aiohttp.test_utils import TestClient
 from hypothesis import strategies as st
+from playwright.async_api import ConsoleMessage, Page, async_playwright, expect
+from prometheus_client.parser import text_string_to_metric_families
 from yarl import URL
 
 import server
-from server import GroupCommit, MemoryStore, Metrics, RedisStore, Settings, create_app
+from server import GroupCommit, MemoryStore, RedisStore, Settings, create_app
 
 HERE = Path(__file__).parent
 NO_REDIS = "redis://127.0.0.1:1/0"  # nobody listens there
@@ -206,8 +208,8 @@ async def test_nothing_else_counts(client: Client, path: str) -> None:
 
 
 async def test_an_expect_header_neither_hides_a_request_nor_fails_it(client: Client) -> None:
-    for expect in ("100-continue", "a miracle"):
-        async with client.post("/api/a/", headers={"Expect": expect}) as response:
+    for wish in ("100-continue", "a miracle"):
+        async with client.post("/api/a/", headers={"Expect": wish}) as response:
             assert response.status == 200
     assert await stats(client) == {"/api/a/": 2}
 
@@ -531,7 +533,7 @@ async def test_an_answer_means_that_the_hit_is_in_redis(
 async def test_hits_wait_for_their_batch_and_share_it() -> None:
     """The first hit flies at once; the 40 that come meanwhile are one commit of 40."""
     store = SlowStore()
-    async with GroupCommit(store, Metrics()) as commits:
+    async with GroupCommit(store) as commits:
         first = asyncio.create_task(commits.hit("/api/a/"))
         while commits.open.hits or not commits.flying.hits:
             await asyncio.sleep(0)
@@ -546,7 +548,7 @@ async def test_hits_wait_for_their_batch_and_share_it() -> None:
 
 async def test_one_who_leaves_touches_nobody_elses_hit() -> None:
     store = SlowStore()
-    async with GroupCommit(store, Metrics()) as commits:
+    async with GroupCommit(store) as commits:
         hits = [asyncio.create_task(commits.hit("/api/a/")) for _ in range(10)]
         await asyncio.sleep(0)
         hits[3].cancel()
@@ -558,7 +560,7 @@ async def test_one_who_leaves_touches_nobody_elses_hit() -> None:
 
 async def test_a_big_batch_goes_in_slices() -> None:
     store = SlowStore()
-    async with GroupCommit(store, Metrics()) as commits:
+    async with GroupCommit(store) as commits:
         store.gate.set()
         hits = [commits.hit(f"/api/{n}/") for n in range(server.PAGE * 2 + 1)]
         await asyncio.gather(*hits)
@@ -1442,6 +1444,229 @@ async def test_slow_and_idle_clients_hold_nobody_up(victim: Server) -> None:
             writer.close()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+# --- Metrics and logs -----------------------------------------------------------------------------
+
+
+async def scrape(client: Client) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """Every sample of /metrics, read by the library's own parser."""
+    async with client.get("/metrics") as response:
+        assert response.headers["Content-Type"].startswith("text/plain; version=")
+        families = text_string_to_metric_families(await response.text())
+    samples = [sample for family in families for sample in family.samples]
+    return {(sample.name, frozenset(sample.labels.items())): sample.value for sample in samples}
+
+
+async def test_metrics_tell_what_was_answered(client: Client) -> None:
+    await hit(client, a=2, b=1)
+    await get(client, "/nothing")
+    await get(client, "/stats/?limit=x")
+    await get(client, "/api/c/", "PURGE")
+    samples = await scrape(client)
+
+    def value(name: str, **labels: str) -> float | None:
+        return samples.get((name, frozenset(labels.items())))
+
+    api = "/api/{tail}"
+    assert value("http_requests_total", method="GET", route=api, code="200") == 3
+    assert value("http_requests_total", method="OTHER", route=api, code="200") == 1
+    assert value("http_requests_total", method="GET", route="none", code="404") == 1
+    assert value("http_requests_total", method="GET", route="/stats/", code="400") == 1
+    assert value("http_request_duration_seconds_count", route=api) == 4
+    assert value("http_request_duration_seconds_bucket", route=api, le="+Inf") == 4
+    total = value("http_request_duration_seconds_sum", route=api)
+    assert total is not None
+    assert 0 < total < 4
+    assert (value("url_hits_total"), value("url_hits_pending"), value("redis_up")) == (4, 0, 1)
+    assert value("url_commit_hits_sum") == 4
+    assert value("url_commit_seconds_count") == value("url_commit_hits_count")
+    assert not [labels for _, labels in samples if "/api/a/" in str(labels)]  # never one per URL
+
+
+async def test_metrics_say_when_redis_is_away(aiohttp_client: MakeClient, tmp_path: Path) -> None:
+    own = RedisServer(tmp_path)
+    client = await aiohttp_client(await create_app(settings(own.url)))
+    own.kill()
+    await hit(client, a=3)
+    samples = await scrape(client)
+    assert samples[("redis_up", frozenset())] == 0
+    assert samples[("url_hits_pending", frozenset())] == 3
+    own.start()
+    own.client.close()
+    await until(lambda: client.app and not client.app[server.COMMITS].pending)
+    own.kill()
+
+
+async def test_promtool_finds_nothing_to_mend(client: Client) -> None:
+    if not shutil.which("promtool"):
+        missing("promtool (apt: prometheus)")
+    await hit(client, a=1)
+    async with client.get("/metrics") as response:
+        text = await response.read()
+    pipe = asyncio.subprocess.PIPE
+    check = await asyncio.create_subprocess_exec(
+        "promtool", "check", "metrics", stdin=pipe, stdout=pipe, stderr=asyncio.subprocess.STDOUT
+    )
+    said, _ = await check.communicate(text)
+    assert said == b""
+    assert check.returncode == 0
+
+
+async def test_logs_are_one_event_a_line_and_none_a_request(
+    rig_of: Callable[..., Awaitable[Rig]],
+) -> None:
+    rig = await rig_of()
+    async with rig.load:
+        rig.redis.kill()
+        await until(lambda: "redis is away" in rig.server.log.read_text())
+        await rig.load.more(500)
+        await asyncio.to_thread(rig.redis.start)
+        await until(lambda: "redis is back" in rig.server.log.read_text())
+    async with ClientSession(rig.server.base) as session:
+        await session.post("/test/5/")
+    assert rig.server.stop() == 0
+    events = rig.server.events()
+    assert [event["event"] for event in events] == [
+        "counting in redis", "started", "redis is away, hits are held", "redis is back",
+        "test run", "stopping", "stopped",
+    ]  # fmt: skip
+    assert [event["level"] for event in events] == ["INFO", "INFO", "ERROR", *["INFO"] * 4]
+    started, away, back, run = events[1:5]
+    assert (started["page"], started["redis"]) == (f"{rig.server.base}/", "connected")
+    assert away["error"]
+    assert back["hits"] >= 500
+    assert back["seconds"] > 0
+    assert run["ok"] == 5
+
+
+def test_text_logs_are_for_people(tmp_path: Path) -> None:
+    with Server(tmp_path / "log", LOG_FORMAT="text") as process:
+        assert process.stop() == 0
+    lines = process.log.read_text().splitlines()
+    pattern = (
+        r'\d\d:\d\d:\d\d INFO    started page="http://127\.0\.0\.1:\d+/" stats=".*" metrics=".*" .*'
+    )
+    assert re.fullmatch(pattern, lines[1])
+
+
+# --- The live page, in a real browser -------------------------------------------------------------
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--no-first-run"]  # fmt: skip
+
+
+class Browser:
+    """A page in chromium, and all that went wrong in it."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+        self.errors: list[str] = []
+        self.hosts: set[str] = set()
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("console", self.on_console)
+        page.on("dialog", lambda dialog: self.errors.append(f"dialog: {dialog.message}"))
+        page.on("request", lambda request: self.hosts.add(URL(request.url).authority))
+
+    def on_console(self, message: ConsoleMessage) -> None:
+        # Chromium's own line for a failed fetch: that Redis or the server is away is no mistake.
+        if message.type in ("error", "warning") and "Failed to load resource" not in message.text:
+            self.errors.append(message.text)
+
+    async def text(self, selector: str) -> str:
+        return (await self.page.text_content(selector)) or ""
+
+    async def shows(self, selector: str, pattern: str) -> None:
+        """Wait until an element's text matches."""
+        await expect(self.page.locator(selector)).to_have_text(re.compile(pattern), timeout=10_000)
+
+
+@pytest.fixture
+async def browser() -> AsyncIterator[Browser]:
+    if not CHROMIUM:
+        missing("chromium")
+    async with async_playwright() as playwright:
+        chromium = await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield Browser(await chromium.new_page(viewport={"width": 1280, "height": 900}))
+        await chromium.close()
+
+
+async def test_the_page_shows_counts_runs_tests_and_survives_an_outage(
+    browser: Browser, rig_of: Callable[..., Awaitable[Rig]]
+) -> None:
+    rig, page = await rig_of(), browser.page
+    hostile = "/api/<img src=x onerror=alert(1)>/"
+    async with ClientSession(rig.server.base) as session:
+        for _ in range(3):
+            await session.get("/api/%3Cimg%20src=x%20onerror=alert(1)%3E/")
+        await session.get("/api/hello/")
+    await page.goto(rig.server.base)
+    await browser.shows("#hits", "^4$")
+    await browser.shows("#urls", "^2$")
+    await browser.shows("#redis", "connected")
+    await browser.shows("#rows tr:first-child", re.escape(hostile) + r"\s*3\s*75\.0%")
+    assert await page.locator("#rows img").count() == 0
+
+    await page.fill("#n", "3000")
+    await page.press("#n", "Enter")
+    await browser.shows("#run", "Running")
+    await browser.shows("#outcome", "3,000 of 3,000 answered")
+    await browser.shows("#latency", r"p50[\d.]+p95[\d.]+p99[\d.]+")
+    await browser.shows("#hits", "^3,004$")
+    assert hostile not in await browser.text("#rows tr:first-child")  # the bars have moved
+
+    rig.redis.kill()
+    async with ClientSession(rig.server.base) as session:
+        await session.get("/api/hello/")
+    await browser.shows("#redis", "away, 1 hit is held")
+    await asyncio.to_thread(rig.redis.start)
+    await browser.shows("#redis", "connected")
+    await browser.shows("#hits", "^3,005$")
+
+    await page.fill("#n", "0")
+    await page.click("#run")
+    await browser.shows("#outcome", "whole number from 1")
+    rig.server.stop()
+    await browser.shows("#status", "does not answer")
+    assert browser.errors == []
+    assert browser.hosts == {f"127.0.0.1:{rig.server.port}"}
+
+
+async def test_the_page_allows_no_inline_script_and_weighs_under_20_kb(client: Client) -> None:
+    async with client.get("/") as response:
+        policy, page = response.headers["Content-Security-Policy"], await response.text()
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert len(page.encode()) < 20_000
+
+
+@pytest.mark.picture
+@pytest.mark.parametrize(
+    ("name", "scheme", "width", "height"),
+    [("page", "light", 1280, 860), ("dark", "dark", 1280, 860), ("phone", "light", 390, 1340)],
+)
+async def test_take_pictures(
+    browser: Browser,
+    tmp_path: Path,
+    name: str,
+    scheme: Literal["light", "dark"],
+    width: int,
+    height: int,
+) -> None:
+    """`make picture`: the page as a visitor sees it, after some traffic."""
+    with Server(tmp_path / "log") as process:
+        await browser.page.emulate_media(color_scheme=scheme)
+        await browser.page.set_viewport_size({"width": width, "height": height})
+        await browser.page.goto(process.base)
+        for n in ("300", "2000", "20000"):
+            await browser.page.fill("#n", n)
+            await browser.page.click("#run")
+            await browser.shows("#outcome", "answered")
+        await asyncio.sleep(3)  # for the line, not for a condition
+        folder = Path(os.environ.get("PICTURES", tmp_path))
+        await browser.page.screenshot(path=folder / f"{name}.png")
+    assert browser.errors == []
 
 
 # --- The README -----------------------------------------------------------------------------------
