@@ -6,7 +6,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run run-local test soak picture lint up down redis-server
+.PHONY: help setup run run-local test soak picture bench lint up down redis-server wrk
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 14
@@ -27,10 +27,13 @@ soak: $(VENV)/dev redis-server  ## ten minutes of random faults under load
 picture: $(VENV)/dev  ## take the picture of the live page again (needs chromium)
 	PICTURES=docs $(VENV)/bin/python -m pytest -m picture -k page
 
+bench: $(VENV)/dev redis-server wrk  ## measure every number in the README (QUICK=1: in a minute)
+	@$(VENV)/bin/python bench.py
+
 lint: $(VENV)/dev  ## check style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy server.py test_server.py
+	$(VENV)/bin/mypy server.py test_server.py bench.py
 
 up:  ## start the server and Redis in containers
 	docker compose up --build
@@ -55,3 +58,8 @@ redis-server:
 	  if command -v apt-get >/dev/null; then $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq redis-server; \
 	  elif command -v brew >/dev/null; then brew install redis; \
 	  else echo "No apt-get or brew either: tests that need Redis will be skipped"; fi; }
+
+wrk:
+	@command -v wrk >/dev/null || { echo "No wrk here: installing one" >&2; \
+	  if command -v apt-get >/dev/null; then { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq wrk; } >&2; \
+	  else echo "No apt-get either: install wrk yourself" >&2; fi; }
