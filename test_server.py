@@ -648,10 +648,12 @@ async def test_a_lost_index_is_built_again(redis_server: RedisServer) -> None:
     await store.open()
     await store.commit("me", 1, {"/api/a/": 3, "/api/b/": 1})
     redis_server.client.delete("url_rank")
+    await store.commit("me", 2, {"/api/a/": 1})  # a server that goes on builds a part of it
+    redis_server.client.delete("url_schema")
     await store.open()
     await store.aclose()
     redis_server.check_index()
-    assert redis_server.counts() == {"/api/a/": 3, "/api/b/": 1}
+    assert redis_server.counts() == {"/api/a/": 4, "/api/b/": 1}
 
 
 # --- Processes: start, stop, configuration --------------------------------------------------------
@@ -1667,6 +1669,31 @@ async def test_take_pictures(
         folder = Path(os.environ.get("PICTURES", tmp_path))
         await browser.page.screenshot(path=folder / f"{name}.png")
     assert browser.errors == []
+
+
+# --- Several processes ----------------------------------------------------------------------------
+
+
+async def test_four_processes_under_gunicorn_count_as_one(
+    rig_of: Callable[..., Awaitable[Rig]],
+) -> None:
+    rig = await rig_of(
+        "import os, sys; from gunicorn.app.wsgiapp import run; print('started');"
+        "sys.argv = ['gunicorn', '-w4', '-kaiohttp.GunicornUVLoopWebWorker',"
+        " '-b127.0.0.1:' + os.environ['PORT'], '--no-control-socket', 'server:create_app']; run()"
+    )
+    await until(lambda: rig.server.log.read_text().count("counting in redis") == 4)
+    async with rig.load:
+        await rig.load.more(3000)
+        async with ClientSession(rig.server.base) as session, session.post("/test/200/") as run:
+            assert (await run.json())["ok"] == 200
+        assert await asyncio.to_thread(rig.server.stop) == 0
+    counts = rig.redis.counts()
+    loaded = {url: counts.pop(url) for url in list(counts) if url in rig.load.answered}
+    lost, double = rig.load.lost_and_double(loaded)
+    assert sum(counts.values()) == 200
+    assert (lost, double, rig.load.failed.total()) == (0, 0, 0)
+    rig.redis.check_index()
 
 
 # --- The README -----------------------------------------------------------------------------------
