@@ -11,7 +11,8 @@
     GET /                 the live page
 
 A request counts once, when it arrives, under its decoded path with a trailing slash. Its answer
-means that the hit is in the store. Errors are JSON: {"error": "what is wrong, what is right"}.
+means that the hit is in Redis or, while Redis is away, held in memory until it is back. Errors are
+JSON: {"error": "what is wrong, and what would be right"}.
 
     HOST               --host        127.0.0.1
     PORT               --port        5000; 0 takes any free one
@@ -61,10 +62,12 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 from yarl import URL
 
-if sys.platform != "win32":
+if sys.platform == "win32":
+    from asyncio import new_event_loop
+else:
     import resource
 
-    import uvloop
+    from uvloop import new_event_loop
 
 log = logging.getLogger("server")
 
@@ -125,15 +128,15 @@ PAGE = 1000  # URLs read or written in one go: a few milliseconds of Redis's tim
 
 # KEYS: url_commit:<instance> url_rank url_total url_count:(other) url_count:<url>...
 # ARGV: sequence number, MAX_URLS, the hits of each URL. Returns the keys that hold no number.
-# What Redis refuses it refuses by the first write, SET: a batch is applied whole or not at all.
-# After that INCRBY is a pcall, because an error in a script rolls nothing back.
+# If Redis refuses to write (memory, read-only), SET fails first, and nothing has been applied.
+# Later an error would roll nothing back, so INCRBY is a pcall. An empty index makes the total 0.
 COMMIT = """
 local urls = redis.call('ZCARD', KEYS[2])
 if tonumber(ARGV[1]) <= tonumber(redis.call('GET', KEYS[1]) or 0) then return {} end
 redis.call('SET', KEYS[1], ARGV[1], 'EX', 86400)
 if urls == 0 then redis.call('DEL', KEYS[3]) end
 local prefix, room, total, spoiled = #KEYS[4] - #'(other)', ARGV[2] - urls, 0, {}
-for i = 5, #KEYS do
+for i = 5, #KEYS do  -- the hits of KEYS[5] are ARGV[3]
   local key = KEYS[i]
   if room < #KEYS and redis.call('EXISTS', key) == 0 then
     room = room - 1
@@ -323,9 +326,9 @@ class GroupCommit:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.instance, self.sequence = secrets.token_hex(8), 0
-        self.open = Batch()  # takes hits
+        self.filling = Batch()  # takes hits
         self.flying = Batch()  # on its way to the store, slice by slice
-        self.slice: dict[str, int] = {}  # sent, not confirmed: perhaps applied
+        self.sent: dict[str, int] = {}  # sent, not confirmed: perhaps applied
         self.pending = 0  # hits taken, not confirmed
         self.confirmed = 0  # hits since the start
         self.away_since = 0.0  # loop time when the store was lost; 0 while it answers
@@ -345,7 +348,7 @@ class GroupCommit:
 
         Raises 503, and does not count, when hits of too many URLs are held already.
         """
-        batch = self.open
+        batch = self.filling
         if url not in batch.hits:
             urls = len(batch.hits) + len(self.flying.hits)
             if urls >= MAX_BACKLOG and url not in self.flying.hits:
@@ -362,24 +365,25 @@ class GroupCommit:
 
     async def run(self) -> None:
         """Commit batch after batch, each in slices that Redis hardly feels."""
-        while self.open.hits or not self.stopping:
+        while self.filling.hits or not self.stopping:
             await self.wake.wait()
             self.wake.clear()
-            batch = self.flying = self.open
-            self.open = Batch()
+            batch = self.flying = self.filling
+            self.filling = Batch()
             patience = self.loop.call_at(batch.born + PATIENCE, self.stop_waiting)
             while batch.hits:
-                self.slice = dict(islice(batch.hits.items(), PAGE))
-                await self.commit_slice()
+                self.sent = dict(islice(batch.hits.items(), PAGE))
+                await self.commit_sent()
             patience.cancel()
             batch.committed.set()
-            if self.away_since and len(self.open.hits) <= PAGE:
+            if self.away_since and len(self.filling.hits) <= PAGE:  # else nobody waits for it yet
                 seconds = round(self.loop.time() - self.away_since, 1)
                 hits = self.confirmed - self.confirmed_then + self.pending
                 log.info("redis is back", extra={"hits": hits, "seconds": seconds})
-                self.away_since, self.open.born = 0.0, self.loop.time()
+                self.away_since = 0.0
+                self.filling.born = self.loop.time()  # or its old hits would try our patience
 
-    async def commit_slice(self) -> None:
+    async def commit_sent(self) -> None:
         """Send the slice, unchanged, until the store confirms its sequence number."""
         self.sequence += 1
         started = time.perf_counter()
@@ -387,27 +391,27 @@ class GroupCommit:
             try:
                 if attempt:  # Redis may have come back empty, or without its index
                     await self.store.open()
-                await self.store.commit(self.instance, self.sequence, self.slice)
+                await self.store.commit(self.instance, self.sequence, self.sent)
                 break
             except Exception as error:  # whatever it is, no hit may be lost
                 self.error = error
                 await asyncio.sleep(RETRY_PAUSE if attempt else 0)
-        hits = sum(self.slice.values())
+        hits = sum(self.sent.values())
         self.pending -= hits
         self.confirmed += hits
         self.commit_hits.observe(hits)
         self.commit_seconds.observe(time.perf_counter() - started)
-        for url in self.slice:
+        for url in self.sent:
             del self.flying.hits[url]
-        self.slice = {}
+        self.sent = {}
 
     def stop_waiting(self) -> None:
         """The store is away: answer those who wait, and let nobody wait until it is back."""
         if not self.away_since:
             self.away_since, self.confirmed_then = self.loop.time(), self.confirmed
             log.error("redis is away, hits are held", extra={"error": str(self.error)})
-        for batch in (self.flying, self.open):
-            batch.committed.set()
+        for batch in (self.flying, self.filling):
+            batch.committed.set()  # wakes all who wait now;
             batch.committed.clear()  # whoever comes when the store is back waits again
 
     async def __aenter__(self) -> Self:
@@ -420,8 +424,8 @@ class GroupCommit:
         await asyncio.wait([self.task], timeout=DRAIN_TIMEOUT)
         self.task.cancel()
         if self.pending:  # "sent" was applied if url_commit:<instance> has reached its sequence
-            held = Counter(self.flying.hits) + Counter(self.open.hits) - Counter(self.slice)
-            sent = {"instance": self.instance, "sequence": self.sequence, "sent": self.slice}
+            held = Counter(self.flying.hits) + Counter(self.filling.hits) - Counter(self.sent)
+            sent = {"instance": self.instance, "sequence": self.sequence, "sent": self.sent}
             log.error("hits not committed", extra={"hits": self.pending, "held": held} | sent)
 
 
@@ -461,7 +465,7 @@ class TestRun:
             "requests_per_s": round(answered / seconds, 1),
             "latency_ms": self.latency_ms() if answered else {},
             "status": {str(code): n for code, n in self.status.items() if n},
-            "errors": +self.errors,
+            "errors": self.errors,
         }
         return counted | self.order | {"unique_urls": len(self.requested)}
 
@@ -475,7 +479,8 @@ class TestRun:
                 self.status[response.status] += 1
                 self.latencies[round((time.perf_counter() - started) * 1000, 1)] += 1
             except (aiohttp.ClientError, TimeoutError) as error:
-                self.errors[type(error).__name__] += not stopping.is_set()  # it takes no new ones
+                if not stopping.is_set():  # a server that stops takes no new connections
+                    self.errors[type(error).__name__] += 1
             if stopping.is_set():
                 return
 
@@ -561,7 +566,7 @@ METRICS = web.AppKey("metrics", Metrics)
 
 
 def answer(data: object, status: int = 200, headers: Mapping[str, str] = HEADERS) -> web.Response:
-    return web.Response(body=json.dumps(data).encode(), status=status, headers=headers)
+    return web.Response(body=f"{json.dumps(data)}\n".encode(), status=status, headers=headers)
 
 
 def counted_url(path: str) -> str:
@@ -606,7 +611,7 @@ def failure(error: web.HTTPException) -> web.Response:
 
 async def api(request: web.Request) -> web.Response:
     # Not json.dumps(), which takes longer to find the encoder than to encode.
-    body = f'{{"url": {quote(counted_url(request.path))}}}'
+    body = f'{{"url": {quote(counted_url(request.path))}}}\n'
     return web.Response(body=body.encode(), headers=HEADERS)
 
 
@@ -627,7 +632,7 @@ async def stats(request: web.Request) -> web.StreamResponse:
             await response.write((opening + page).encode())
             opening = ", "
             rows = await anext(pages, None)
-        await response.write(b"[]" if opening == "[" else b"]")
+        await response.write(b"[]\n" if opening == "[" else b"]\n")
     except (RedisError, ConnectionError) as error:
         log.warning("list broken off", extra={"error": str(error)})
         if request.transport:
@@ -777,39 +782,50 @@ def configure_logging(log_format: str) -> None:
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises UserError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        reason = str(error.strerror).partition(" (")[0]
+        raise UserError(f"HOST={host} PORT={port}: {reason}; set another one") from None
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGINT or SIGTERM. Raises UserError."""
+    sock = listen(settings.host, settings.port)
+    loop = new_event_loop()
+    app = loop.run_until_complete(create_app(settings))
+    host, port = sock.getsockname()[:2]
+    base = URL.build(scheme="http", host=host, port=port)
+    urls = {"page": f"{base}/", "stats": f"{base}/stats/", "metrics": f"{base}/metrics"}
+    web.run_app(
+        app,
+        sock=sock,
+        backlog=1024,
+        print=lambda _: log.info("started", extra=urls | {"redis": app[STORE].state}),
+        access_log=None,  # it would cost as much as counting does
+        shutdown_timeout=3,  # seconds for the requests that are being answered
+        loop=loop,
+    )
+
+
 def main() -> None:
-    """Serve until SIGINT or SIGTERM; exit 1 with one line if that cannot be."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     for flag in ("--host", "--port", "--redis-url"):
         parser.add_argument(flag)
     flags = {name.upper(): value for name, value in vars(parser.parse_args()).items() if value}
+    if sys.platform != "win32":  # one open file a client: take all that we may have
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
         settings = Settings.load(os.environ | flags)
         configure_logging(settings.log_format)
-        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        sock = socket.create_server((settings.host, settings.port), family=family)
-        if sys.platform != "win32":  # one open file a client: take all that we may have
-            most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        loop = asyncio.new_event_loop() if sys.platform == "win32" else uvloop.new_event_loop()
-        app = loop.run_until_complete(create_app(settings))
-        host, port = sock.getsockname()[:2]
-        base = URL.build(scheme="http", host=host, port=port)
-        urls = {"page": f"{base}/", "stats": f"{base}/stats/", "metrics": f"{base}/metrics"}
-        web.run_app(
-            app,
-            sock=sock,
-            backlog=1024,
-            print=lambda _: log.info("started", extra=urls | {"redis": app[STORE].state}),
-            access_log=None,  # it would cost as much as counting does
-            shutdown_timeout=3,  # seconds for the requests that are being answered
-            loop=loop,
-        )
+        serve(settings)
     except UserError as error:
         sys.exit(f"server.py: {error}")
-    except OSError as error:
-        sys.exit(f"server.py: HOST={settings.host} PORT={settings.port}: {error.strerror}")
 
 
 if __name__ == "__main__":

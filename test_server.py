@@ -535,7 +535,7 @@ async def test_hits_wait_for_their_batch_and_share_it() -> None:
     store = SlowStore()
     async with GroupCommit(store) as commits:
         first = asyncio.create_task(commits.hit("/api/a/"))
-        while commits.open.hits or not commits.flying.hits:
+        while commits.filling.hits or not commits.flying.hits:
             await asyncio.sleep(0)
         rest = [asyncio.create_task(commits.hit("/api/a/")) for _ in range(40)]
         await asyncio.sleep(0)
@@ -706,7 +706,7 @@ class Server:
         ({"MAX_URLS": "0"}, "MAX_URLS='0'"),
         ({"MAX_TEST_REQUESTS": "-1"}, "MAX_TEST_REQUESTS='-1'"),
         ({"LOG_FORMAT": "xml"}, "LOG_FORMAT='xml'"),
-        ({"HOST": "256.1.1.1"}, "HOST=256.1.1.1"),
+        ({"HOST": "256.1.1.1"}, "HOST=256.1.1.1 PORT="),
         ({"REDIS_URL": "http://u:secret@h/"}, "REDIS_URL=http://***@h/"),
         (
             {"REDIS_URL": "redis://:secret@127.0.0.1:99999/0"},
