@@ -34,6 +34,7 @@ import os
 import random
 import re
 import secrets
+import signal
 import socket
 import sys
 import time
@@ -41,7 +42,7 @@ from base64 import b64encode
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import accumulate, count, islice
@@ -50,6 +51,7 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 import aiohttp
+import redis.exceptions
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram, generate_latest
@@ -124,25 +126,27 @@ def whole_number(name: str, text: str, low: int = 0, high: int = 10**15) -> int:
 
 DEFAULT_REDIS_URL = "redis://localhost:6379/0"
 OTHER = "(other)"
+SHARED = ("url_rank", "url_total", f"url_count:{OTHER}", "url_schema")
 PAGE = 1000  # URLs read or written in one go: a few milliseconds of Redis's time
 
-# KEYS: url_commit:<instance> url_rank url_total url_count:(other) url_count:<url>...
+# KEYS: url_commit:<instance> url_rank url_total url_count:(other) url_schema url_count:<url>...
 # ARGV: sequence number, MAX_URLS, the hits of each URL. Returns the keys that hold no number.
 # If Redis refuses to write (memory, read-only), SET fails first, and nothing has been applied.
-# Later an error would roll nothing back, so INCRBY is a pcall. An empty index makes the total 0.
+# Later an error would roll nothing back, so INCRBY is a pcall. A total without an index means that
+# the index was lost: without url_schema the next open() builds it again.
 COMMIT = """
 local urls = redis.call('ZCARD', KEYS[2])
 if tonumber(ARGV[1]) <= tonumber(redis.call('GET', KEYS[1]) or 0) then return {} end
 redis.call('SET', KEYS[1], ARGV[1], 'EX', 86400)
-if urls == 0 then redis.call('DEL', KEYS[3]) end
+if urls == 0 and redis.call('DEL', KEYS[3]) == 1 then redis.call('DEL', KEYS[5]) end
 local prefix, room, total, spoiled = #KEYS[4] - #'(other)', ARGV[2] - urls, 0, {}
-for i = 5, #KEYS do  -- the hits of KEYS[5] are ARGV[3]
+for i = 6, #KEYS do  -- the hits of KEYS[6] are ARGV[3]
   local key = KEYS[i]
   if room < #KEYS and redis.call('EXISTS', key) == 0 then
     room = room - 1
     if room < 0 then key = KEYS[4] end
   end
-  local count, url = redis.pcall('INCRBY', key, ARGV[i - 2]), key:sub(prefix + 1)
+  local count, url = redis.pcall('INCRBY', key, ARGV[i - 3]), key:sub(prefix + 1)
   if type(count) == 'number' then
     total = total + count - (redis.call('ZSCORE', KEYS[2], url) or 0)
     redis.call('ZADD', KEYS[2], count, url)
@@ -183,7 +187,8 @@ class RedisStore:
         instance, urls, cursor = secrets.token_hex(8), 0, 0
         for page in count(1):
             cursor, keys = await self.writer.scan(cursor, "url_count:*", PAGE, "STRING")
-            await self.apply(instance, page, keys, [0] * len(keys))
+            if keys:
+                await self.apply(instance, page, keys, [0] * len(keys))
             urls += len(keys)
             if keys and (page % 100 == 0 or not cursor):
                 log.info("indexing earlier counts", extra={"urls": urls, "done": not cursor})
@@ -199,13 +204,12 @@ class RedisStore:
     async def apply(
         self, instance: str, sequence: int, keys: Sequence[str | bytes], hits: Iterable[int]
     ) -> None:
-        fixed = [f"url_commit:{instance}", "url_rank", "url_total", f"url_count:{OTHER}"]
-        for key in await self.script([*fixed, *keys], [sequence, self.max_urls, *hits]):
+        names = [f"url_commit:{instance}", *SHARED, *keys]
+        for key in await self.script(names, [sequence, self.max_urls, *hits]):
             if key not in self.spoiled:
                 self.spoiled.add(key)
-                log.error(
-                    "not a number, hits on it are lost", extra={"key": key.decode(errors="replace")}
-                )
+                shown = key.decode(errors="replace")
+                log.error("not a number, hits on it are lost", extra={"key": shown})
 
     async def safety(self) -> dict[str, str]:
         """What counts rest on, by Redis's names; a Redis that forbids CONFIG leaves it unknown."""
@@ -275,25 +279,28 @@ class MemoryStore:
 
 
 Store = RedisStore | MemoryStore
+NO_ANSWER = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
 
 
 async def connect(redis_url: str, max_urls: int) -> Store:
     """A store that is ready to count. Raises UserError."""
     url = redis_url or DEFAULT_REDIS_URL
-    shown = re.sub(r"(?<=//).*@|(?<=password=)[^&]*", "***@", url)
+    shown = re.sub(r"(?s)^(\w+://)?.*@|(?<=password=)[^&]*", r"\1***@", url)
     try:
+        if "://" not in url:
+            raise ValueError
         store = RedisStore(url, max_urls)
     except ValueError:  # its text may quote a part of the password
         raise UserError(f"REDIS_URL={shown}: use redis://:password@host:6379/0") from None
     try:
         await store.open()
-    except RedisError as error:
+        safety = await store.safety()
+    except (RedisError, TypeError) as error:  # TypeError: redis-py knows no such ?option=
         await store.aclose()
-        if redis_url:
+        if redis_url or type(error) not in NO_ANSWER:  # a wrong password is a subclass
             raise UserError(f"REDIS_URL={shown}: {error}") from None
         log.warning("no redis, counts are lost on exit", extra={"error": str(error)})
         return MemoryStore(max_urls)
-    safety = await store.safety()
     log.info("counting in redis", extra={"redis": shown} | safety)
     if safety["appendonly"] == "no" or safety["maxmemory-policy"] not in ("noeviction", "unknown"):
         log.warning("redis can lose or evict counts", extra=safety)
@@ -333,7 +340,7 @@ class GroupCommit:
         self.confirmed = 0  # hits since the start
         self.away_since = 0.0  # loop time when the store was lost; 0 while it answers
         self.confirmed_then = 0
-        self.error: Exception = TimeoutError("no answer within a second")
+        self.error: Exception  # the last one while sending
         self.stopping = False
         self.wake = asyncio.Event()
         self.loop = asyncio.get_running_loop()
@@ -386,6 +393,7 @@ class GroupCommit:
     async def commit_sent(self) -> None:
         """Send the slice, unchanged, until the store confirms its sequence number."""
         self.sequence += 1
+        self.error = TimeoutError("no answer within a second")
         started = time.perf_counter()
         for attempt in count():
             try:
@@ -486,15 +494,13 @@ class TestRun:
 
     def latency_ms(self) -> dict[str, float]:
         """Percentiles are nearest-rank: N % of the requests took pN or less."""
-        total, seen = self.latencies.total(), 0
+        values, total = sorted(self.latencies), self.latencies.total()
+        seen = list(accumulate(self.latencies[ms] for ms in values))
         mean = sum(ms * n for ms, n in self.latencies.items()) / total
-        found = {"min": min(self.latencies), "mean": round(mean, 1)}
-        for ms in sorted(self.latencies):
-            seen += self.latencies[ms]
-            for p in (50, 95, 99):
-                if seen * 100 >= p * total:
-                    found.setdefault(f"p{p}", ms)
-        return found | {"max": max(self.latencies)}
+        found = {"min": values[0], "mean": round(mean, 1)}
+        for p in (50, 95, 99):
+            found[f"p{p}"] = values[bisect_left(seen, p * total / 100)]
+        return found | {"max": values[-1]}
 
 
 # --- Middleware and handlers ----------------------------------------------------------------------
@@ -582,31 +588,28 @@ async def count_and_guard(request: web.Request, handler: Handler) -> web.StreamR
     """Count a request under /api/, answer errors in JSON, observe how it went."""
     started, path, app = time.perf_counter(), request.path, request.app
     try:
-        if path.startswith("/api/"):
+        if request.match_info.handler is api:  # not by the path: /api%2Fx is a 404
             if len(path) > MAX_PATH:
                 text = f"a path has at most {MAX_PATH} characters, this one has {len(path)}"
                 raise web.HTTPRequestURITooLong(text=text)
             await app[COMMITS].hit(counted_url(path))
         response = await handler(request)
     except web.HTTPException as error:
-        response = failure(error)
+        response = failure(error.status, error.text, error.headers)
     except UserError as error:
-        response = failure(web.HTTPBadRequest(text=str(error)))
+        response = failure(400, str(error))
     except RedisError as error:
-        text = f"Redis does not answer: {error}"
-        response = failure(web.HTTPServiceUnavailable(text=text, headers=RETRY_AFTER))
+        response = failure(503, f"Redis does not answer: {error}", RETRY_AFTER)
     except Exception:
         log.exception("unexpected error", extra={"path": path})
-        text = "unexpected error: the server's log has it"
-        response = failure(web.HTTPInternalServerError(text=text))
+        response = failure(500, "unexpected error: the server's log has it")
     app[METRICS].observe(request, response.status, time.perf_counter() - started)
     return response
 
 
-def failure(error: web.HTTPException) -> web.Response:
-    """The JSON form of an error."""
-    headers = HEADERS | {name: error.headers[name] for name in KEPT & error.headers.keys()}
-    return answer({"error": HINTS.get(error.status, error.text)}, error.status, headers)
+def failure(status: int, text: str | None, headers: Mapping[str, str] = NOSNIFF) -> web.Response:
+    kept = {name: headers[name] for name in KEPT & headers.keys()}
+    return answer({"error": HINTS.get(status, text)}, status, HEADERS | kept)
 
 
 async def api(request: web.Request) -> web.Response:
@@ -622,18 +625,20 @@ async def stats(request: web.Request) -> web.StreamResponse:
     pages = request.app[STORE].ranked(offset, limit)
     rows = await anext(pages, None)  # before the headers: until then a failure can be a 503
     response = web.StreamResponse(headers=HEADERS | {"X-Total-Count": str(urls)})
-    await response.prepare(request)
-    if request.method == "HEAD":
-        return response
     opening = "["
     try:
+        await response.prepare(request)
+        if request.method == "HEAD":
+            return response
         while rows:
             page = ", ".join(f'{{"count": {hits}, "url": {quote(url)}}}' for url, hits in rows)
             await response.write((opening + page).encode())
             opening = ", "
             rows = await anext(pages, None)
         await response.write(b"[]\n" if opening == "[" else b"]\n")
-    except (RedisError, ConnectionError) as error:
+    except ConnectionError:  # the client has left
+        pass
+    except RedisError as error:
         log.warning("list broken off", extra={"error": str(error)})
         if request.transport:
             request.transport.abort()  # a list cut short must not look whole
@@ -792,11 +797,18 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"HOST={host} PORT={port}: {reason}; set another one") from None
 
 
+async def ignore_signals(app: web.Application) -> None:
+    """A second Ctrl-C may not cut short the last commits."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def serve(settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM. Raises UserError."""
     sock = listen(settings.host, settings.port)
     loop = new_event_loop()
     app = loop.run_until_complete(create_app(settings))
+    app.on_shutdown.append(ignore_signals)
     host, port = sock.getsockname()[:2]
     base = URL.build(scheme="http", host=host, port=port)
     urls = {"page": f"{base}/", "stats": f"{base}/stats/", "metrics": f"{base}/metrics"}
@@ -806,7 +818,7 @@ def serve(settings: Settings) -> None:
         backlog=1024,
         print=lambda _: log.info("started", extra=urls | {"redis": app[STORE].state}),
         access_log=None,  # it would cost as much as counting does
-        shutdown_timeout=3,  # seconds for the requests that are being answered
+        shutdown_timeout=1.5,  # seconds for running requests; aiohttp takes that long twice
         loop=loop,
     )
 
@@ -819,7 +831,8 @@ def main() -> None:
     flags = {name.upper(): value for name, value in vars(parser.parse_args()).items() if value}
     if sys.platform != "win32":  # one open file a client: take all that we may have
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        with suppress(ValueError):  # macOS promises more than it gives
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
         settings = Settings.load(os.environ | flags)
         configure_logging(settings.log_format)
