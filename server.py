@@ -282,14 +282,14 @@ Store = RedisStore | MemoryStore
 NO_ANSWER = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
 
 
-async def connect(redis_url: str, max_urls: int) -> Store:
+async def connect(settings: Settings) -> Store:
     """A store that is ready to count. Raises UserError."""
-    url = redis_url or DEFAULT_REDIS_URL
+    url = settings.redis_url or DEFAULT_REDIS_URL
     shown = re.sub(r"(?s)^(\w+://)?.*@|(?<=password=)[^&]*", r"\1***@", url)
     try:
         if "://" not in url:
             raise ValueError
-        store = RedisStore(url, max_urls)
+        store = RedisStore(url, settings.max_urls)
     except ValueError:  # its text may quote a part of the password
         raise UserError(f"REDIS_URL={shown}: use redis://:password@host:6379/0") from None
     try:
@@ -297,10 +297,10 @@ async def connect(redis_url: str, max_urls: int) -> Store:
         safety = await store.safety()
     except (RedisError, TypeError) as error:  # TypeError: redis-py knows no such ?option=
         await store.aclose()
-        if redis_url or type(error) not in NO_ANSWER:  # a wrong password is a subclass
+        if settings.redis_url or type(error) not in NO_ANSWER:  # a wrong password is a subclass
             raise UserError(f"REDIS_URL={shown}: {error}") from None
         log.warning("no redis, counts are lost on exit", extra={"error": str(error)})
-        return MemoryStore(max_urls)
+        return MemoryStore(settings.max_urls)
     log.info("counting in redis", extra={"redis": shown} | safety)
     if safety["appendonly"] == "no" or safety["maxmemory-policy"] not in ("noeviction", "unknown"):
         log.warning("redis can lose or evict counts", extra=safety)
@@ -344,6 +344,7 @@ class GroupCommit:
         self.stopping = False
         self.wake = asyncio.Event()
         self.loop = asyncio.get_running_loop()
+        self.started = self.loop.time()
         sizes = [4**n for n in range(9)]
         self.commit_hits = Histogram("url_commit_hits", "Commit size", buckets=sizes, registry=None)
         self.commit_seconds = Histogram(
@@ -528,11 +529,11 @@ def template(route: Route) -> str:
 class Metrics(Collector):
     """What /metrics shows. It counts answers itself: prometheus-client's objects cost 5 % more."""
 
-    def __init__(self) -> None:
+    def __init__(self, commits: GroupCommit) -> None:
+        self.commits = commits
         self.answers: Counter[tuple[str, Route, int]] = Counter()  # by method, route and status
         # For each route the number of answers in each bucket, then the sum of their seconds.
         self.durations = defaultdict[Route, list[float]](lambda: [0] * (len(BUCKETS) + 2))
-        self.commits: GroupCommit | None = None
         self.registry = CollectorRegistry()
         self.registry.register(self)
 
@@ -554,12 +555,11 @@ class Metrics(Collector):
             buckets = zip([*map(str, BUCKETS), "+Inf"], accumulate(durations[:-1]), strict=True)
             duration.add_metric([template(route)], list(buckets), durations[-1])
         yield from (requests, duration)
-        if self.commits:
-            commits, gauge = self.commits, prometheus.GaugeMetricFamily
-            yield prometheus.CounterMetricFamily("url_hits", "Hits committed", commits.confirmed)
-            yield gauge("url_hits_pending", "Hits taken, not committed", commits.pending)
-            yield gauge("redis_up", "1 while the store answers", not commits.away_since)
-            yield from (*commits.commit_hits.collect(), *commits.commit_seconds.collect())
+        commits, gauge = self.commits, prometheus.GaugeMetricFamily
+        yield prometheus.CounterMetricFamily("url_hits", "Hits committed", commits.confirmed)
+        yield gauge("url_hits_pending", "Hits taken, not committed", commits.pending)
+        yield gauge("redis_up", "1 while the store answers", not commits.away_since)
+        yield from (*commits.commit_hits.collect(), *commits.commit_seconds.collect())
 
 
 SETTINGS = web.AppKey("settings", Settings)
@@ -567,7 +567,6 @@ STORE: web.AppKey[Store] = web.AppKey("store")
 COMMITS = web.AppKey("commits", GroupCommit)
 TEST_RUN = web.AppKey("test_run", asyncio.Lock)
 STOPPING = web.AppKey("stopping", asyncio.Event)
-STARTED = web.AppKey("started", float)
 METRICS = web.AppKey("metrics", Metrics)
 
 
@@ -684,7 +683,7 @@ def from_another_site(request: web.Request) -> bool:
 async def health(request: web.Request) -> web.Response:
     commits, store = request.app[COMMITS], request.app[STORE]
     report = {"status": "healthy", "redis": store.state, "pending": commits.pending}
-    uptime = {"uptime_s": round(time.monotonic() - request.app[STARTED], 1)}
+    uptime = {"uptime_s": round(commits.loop.time() - commits.started, 1)}
     try:
         if commits.away_since:
             raise RedisError(commits.error)
@@ -726,11 +725,9 @@ def live_page() -> Handler:
 
 @asynccontextmanager
 async def lifecycle(app: web.Application) -> AsyncIterator[None]:
-    settings = app[SETTINGS]
-    app[STARTED] = time.monotonic()
-    store = await connect(settings.redis_url, settings.max_urls)
+    store = await connect(app[SETTINGS])
     async with aclosing(store), GroupCommit(store) as commits:
-        app[STORE], app[COMMITS], app[METRICS].commits = store, commits, commits
+        app[STORE], app[COMMITS], app[METRICS] = store, commits, Metrics(commits)
         yield
     log.info("stopped")
 
@@ -747,7 +744,6 @@ async def create_app(settings: Settings | None = None) -> web.Application:
         configure_logging(settings.log_format)
     app = web.Application(middlewares=[count_and_guard])
     app[SETTINGS], app[TEST_RUN], app[STOPPING] = settings, asyncio.Lock(), asyncio.Event()
-    app[METRICS] = Metrics()
     app.add_routes(
         [
             web.get("/", live_page()),
