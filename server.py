@@ -695,7 +695,7 @@ async def health(request: web.Request) -> web.Response:
 
 
 async def ignore_expect(request: web.Request) -> None:
-    """Nobody reads the body of a counted request, and a 417 would come before the count."""
+    """Nobody here reads a body, and aiohttp's 417 would be neither counted nor JSON."""
 
 
 async def metrics(request: web.Request) -> web.Response:
@@ -746,12 +746,12 @@ async def create_app(settings: Settings | None = None) -> web.Application:
     app[SETTINGS], app[TEST_RUN], app[STOPPING] = settings, asyncio.Lock(), asyncio.Event()
     app.add_routes(
         [
-            web.get("/", live_page()),
-            web.get("/stats{slash:/?}", stats),
-            web.get("/stats{url:/api/(?s:.*)}", stats_of_url),
-            web.post("/test/{n}{slash:/?}", test),
-            web.get("/health{slash:/?}", health),
-            web.get("/metrics{slash:/?}", metrics),
+            web.get("/", live_page(), expect_handler=ignore_expect),
+            web.get("/stats{slash:/?}", stats, expect_handler=ignore_expect),
+            web.get("/stats{url:/api/(?s:.*)}", stats_of_url, expect_handler=ignore_expect),
+            web.post("/test/{n}{slash:/?}", test, expect_handler=ignore_expect),
+            web.get("/health{slash:/?}", health, expect_handler=ignore_expect),
+            web.get("/metrics{slash:/?}", metrics, expect_handler=ignore_expect),
             # (?s:.*) also takes a newline: %0A is as good a character as any other.
             web.route("*", "/api/{tail:(?s:.*)}", api, expect_handler=ignore_expect),
         ]

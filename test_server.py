@@ -213,6 +213,9 @@ async def test_an_expect_header_neither_hides_a_request_nor_fails_it(client: Cli
     for wish in ("100-continue", "a miracle"):
         async with client.post("/api/a/", headers={"Expect": wish}) as response:
             assert response.status == 200
+        async with client.get("/stats/?limit=x", headers={"Expect": wish}) as response:
+            assert response.status == 400
+            assert (await response.json())["error"]
     assert await stats(client) == {"/api/a/": 2}
 
 
