@@ -1025,6 +1025,9 @@ class Rig:
     load: Load
 
 
+StartRig = Callable[..., Awaitable[Rig]]
+
+
 async def replies_swallowed(rig: Rig) -> None:
     for _ in range(10):
         rig.proxy.swallow = 1
@@ -1123,7 +1126,7 @@ FAULTS = [
 
 
 @pytest.fixture
-async def rig_of(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Rig]]]:
+async def rig_of(tmp_path: Path) -> AsyncIterator[StartRig]:
     async with contextlib.AsyncExitStack() as stack:
 
         async def start(code: str = "") -> Rig:
@@ -1151,7 +1154,7 @@ def report(name: str, rig: Rig) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 async def test_nothing_is_lost_nothing_counts_twice_no_request_fails(
-    rig_of: Callable[..., Awaitable[Rig]], fault: Callable[[Rig], Awaitable[None]]
+    rig_of: StartRig, fault: Callable[[Rig], Awaitable[None]]
 ) -> None:
     rig = await rig_of()
     async with rig.load:
@@ -1187,7 +1190,7 @@ web.run_app(app, host="127.0.0.1", port=int(os.environ["PORT"]), print=lambda _:
 
 @pytest.mark.parametrize("fault", [replies_swallowed, old_copies_arrive_late])
 async def test_control_the_naive_server_miscounts(
-    rig_of: Callable[..., Awaitable[Rig]], fault: Callable[[Rig], Awaitable[None]]
+    rig_of: StartRig, fault: Callable[[Rig], Awaitable[None]]
 ) -> None:
     rig = await rig_of(NAIVE)
     async with rig.load:
@@ -1197,9 +1200,7 @@ async def test_control_the_naive_server_miscounts(
     assert double > 0
 
 
-async def test_flushall_under_load_and_counts_go_on_from_there(
-    rig_of: Callable[..., Awaitable[Rig]],
-) -> None:
+async def test_flushall_under_load_and_counts_go_on_from_there(rig_of: StartRig) -> None:
     rig = await rig_of()
     async with rig.load:
         rig.redis.client.flushall()
@@ -1213,9 +1214,7 @@ async def test_flushall_under_load_and_counts_go_on_from_there(
     assert (await settled(rig.server))["hits"] == before + load.answered.total()
 
 
-async def test_a_key_that_holds_no_number_spoils_only_its_own_url(
-    rig_of: Callable[..., Awaitable[Rig]],
-) -> None:
+async def test_a_key_that_holds_no_number_spoils_only_its_own_url(rig_of: StartRig) -> None:
     rig = await rig_of()
     rig.redis.client.set("url_count:/api/7/", "many")
     async with rig.load:
@@ -1230,9 +1229,7 @@ async def test_a_key_that_holds_no_number_spoils_only_its_own_url(
     assert [event["key"] for event in errors] == ["url_count:/api/7/"]
 
 
-async def test_sigterm_under_load_commits_every_answered_hit(
-    rig_of: Callable[..., Awaitable[Rig]],
-) -> None:
+async def test_sigterm_under_load_commits_every_answered_hit(rig_of: StartRig) -> None:
     rig = await rig_of()
     async with rig.load:
         started = time.monotonic()
@@ -1242,9 +1239,7 @@ async def test_sigterm_under_load_commits_every_answered_hit(
     rig.redis.check_index()
 
 
-async def test_sigterm_with_redis_away_logs_what_is_not_in_redis(
-    rig_of: Callable[..., Awaitable[Rig]],
-) -> None:
+async def test_sigterm_with_redis_away_logs_what_is_not_in_redis(rig_of: StartRig) -> None:
     rig = await rig_of()
     async with rig.load:
         rig.redis.kill()
@@ -1265,9 +1260,7 @@ async def test_sigterm_with_redis_away_logs_what_is_not_in_redis(
     assert (lost, double) == (0, 0)
 
 
-async def test_a_second_signal_does_not_cut_the_last_commits_short(
-    rig_of: Callable[..., Awaitable[Rig]],
-) -> None:
+async def test_a_second_signal_does_not_cut_the_last_commits_short(rig_of: StartRig) -> None:
     rig = await rig_of()
     async with rig.load:
         rig.redis.kill()
@@ -1279,9 +1272,7 @@ async def test_a_second_signal_does_not_cut_the_last_commits_short(
     assert rig.server.events()[-2]["event"] == "hits not committed"
 
 
-async def test_kill_9_of_the_server_loses_nothing_that_was_answered(
-    rig_of: Callable[..., Awaitable[Rig]],
-) -> None:
+async def test_kill_9_of_the_server_loses_nothing_that_was_answered(rig_of: StartRig) -> None:
     rig = await rig_of()
     async with rig.load:
         await rig.load.more(1000)
@@ -1291,7 +1282,7 @@ async def test_kill_9_of_the_server_loses_nothing_that_was_answered(
 
 
 @pytest.mark.soak
-async def test_soak(rig_of: Callable[..., Awaitable[Rig]]) -> None:
+async def test_soak(rig_of: StartRig) -> None:
     """Ten minutes of random faults: `make soak`, SOAK_SEED repeats one."""
     seconds = float(os.environ.get("SOAK_SECONDS", "600"))
     seed = int(os.environ.get("SOAK_SEED", time.time_ns() % 10**6))
@@ -1354,9 +1345,7 @@ def resident_kib(process: Server) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-async def test_a_long_outage_does_not_grow_memory_beyond_the_backlog(
-    rig_of: Callable[..., Awaitable[Rig]],
-) -> None:
+async def test_a_long_outage_does_not_grow_memory_beyond_the_backlog(rig_of: StartRig) -> None:
     rig = await rig_of("import server; server.MAX_BACKLOG = 1000; server.main()")
     rig.load.urls = 3000
     async with rig.load:
@@ -1567,9 +1556,7 @@ async def test_promtool_finds_nothing_to_mend(client: Client) -> None:
     assert check.returncode == 0
 
 
-async def test_logs_are_one_event_a_line_and_none_a_request(
-    rig_of: Callable[..., Awaitable[Rig]],
-) -> None:
+async def test_logs_are_one_event_a_line_and_none_a_request(rig_of: StartRig) -> None:
     rig = await rig_of()
     async with rig.load:
         rig.redis.kill()
@@ -1647,7 +1634,7 @@ async def browser() -> AsyncIterator[Browser]:
 
 
 async def test_the_page_shows_counts_runs_tests_and_survives_an_outage(
-    browser: Browser, rig_of: Callable[..., Awaitable[Rig]]
+    browser: Browser, rig_of: StartRig
 ) -> None:
     rig, page = await rig_of(), browser.page
     hostile = "/api/<img src=x onerror=alert(1)>/"
@@ -1726,9 +1713,7 @@ async def test_take_pictures(
 # --- Several processes ----------------------------------------------------------------------------
 
 
-async def test_four_processes_under_gunicorn_count_as_one(
-    rig_of: Callable[..., Awaitable[Rig]],
-) -> None:
+async def test_four_processes_under_gunicorn_count_as_one(rig_of: StartRig) -> None:
     rig = await rig_of(
         "import os, sys; from gunicorn.app.wsgiapp import run; print('started');"
         "sys.argv = ['gunicorn', '-w4', '-kaiohttp.GunicornUVLoopWebWorker',"
