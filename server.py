@@ -54,7 +54,8 @@ import aiohttp
 import redis.exceptions
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram, generate_latest
+from hiredis import pack_command
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client import core as prometheus
 from prometheus_client.registry import Collector
 from pythonjsonlogger.json import JsonFormatter
@@ -169,12 +170,13 @@ class RedisStore:
         # RESP3 its pool hands out connections that Redis has closed (redis-py issue 4252).
         options: dict[str, Any] = {"protocol": 2, "retry": Retry(NoBackoff(), 0)}
         options |= {"socket_timeout": 1, "socket_connect_timeout": 1}
-        # Commits have a connection of their own: no crowd of readers holds one up.
-        self.writer = Redis.from_url(url, **options)
         pool = BlockingConnectionPool.from_url(url, max_connections=16, timeout=1, **options)
-        self.reader = Redis.from_pool(pool)
-        self.script = self.writer.register_script(COMMIT)
-        self.max_urls = max_urls
+        self.redis = Redis.from_pool(pool)
+        # Commits have a connection of their own: no crowd of readers holds one up, and without the
+        # client around it a commit takes half the CPU time (make bench).
+        alone = {**pool.connection_kwargs, "socket_timeout": None}  # apply() sees to that
+        self.writer = pool.connection_class(**alone)
+        self.script, self.max_urls = "", max_urls
         self.spoiled: set[bytes] = set()
 
     async def open(self) -> None:
@@ -182,11 +184,12 @@ class RedisStore:
 
         Whatever another server does meanwhile, and wherever this one dies, the result is the same.
         """
-        if await self.writer.exists("url_schema", "url_rank") == 2:
+        self.script = await self.redis.script_load(COMMIT)
+        if await self.redis.exists("url_schema", "url_rank") == 2:
             return
         instance, urls, cursor = secrets.token_hex(8), 0, 0
         for page in count(1):
-            cursor, keys = await self.writer.scan(cursor, "url_count:*", PAGE, "STRING")
+            cursor, keys = await self.redis.scan(cursor, "url_count:*", PAGE, "STRING")
             if keys:
                 await self.apply(instance, page, keys, [0] * len(keys))
             urls += len(keys)
@@ -194,7 +197,7 @@ class RedisStore:
                 log.info("indexing earlier counts", extra={"urls": urls, "done": not cursor})
             if not cursor:
                 break
-        await self.writer.set("url_schema", 1)
+        await self.redis.set("url_schema", 1)
 
     async def commit(self, instance: str, sequence: int, hits: Mapping[str, int]) -> None:
         """Add hits {url: n}, but once: nothing if instance has used that sequence number."""
@@ -204,8 +207,12 @@ class RedisStore:
     async def apply(
         self, instance: str, sequence: int, keys: Sequence[str | bytes], hits: Iterable[int]
     ) -> None:
-        names = [f"url_commit:{instance}", *SHARED, *keys]
-        for key in await self.script(names, [sequence, self.max_urls, *hits]):
+        names = (f"url_commit:{instance}", *SHARED, *keys)
+        command: Any = ("EVALSHA", self.script, len(names), *names, sequence, self.max_urls, *hits)
+        async with asyncio.timeout(1):  # one for both ways: redis-py's own start a task each
+            await self.writer.send_packed_command(pack_command(command))
+            spoiled = await self.writer.read_response()
+        for key in spoiled:
             if key not in self.spoiled:
                 self.spoiled.add(key)
                 shown = key.decode(errors="replace")
@@ -215,35 +222,35 @@ class RedisStore:
         """What counts rest on, by Redis's names; a Redis that forbids CONFIG leaves it unknown."""
         names = ("appendonly", "appendfsync", "maxmemory-policy")
         try:
-            config = await self.writer.config_get(*names)
+            config = await self.redis.config_get(*names)
         except ResponseError:
             config = {}
         return {name: config.get(name) or "unknown" for name in names}
 
     async def totals(self) -> tuple[int, int]:
         """The sum of all counts, and the number of URLs."""
-        hits = await self.reader.get("url_total")
-        return int(hits or 0), await self.reader.zcard("url_rank")
+        hits = await self.redis.get("url_total")
+        return int(hits or 0), await self.redis.zcard("url_rank")
 
     async def find(self, url: str) -> tuple[int, int] | None:
         """Count and rank (1 for the most requested) of one URL."""
-        hits = await self.reader.zscore("url_rank", url)
-        ahead = cast(int | None, await self.reader.zrevrank("url_rank", url))
+        hits = await self.redis.zscore("url_rank", url)
+        ahead = cast(int | None, await self.redis.zrevrank("url_rank", url))
         return None if hits is None or ahead is None else (int(hits), ahead + 1)
 
     async def ranked(self, offset: int, limit: int) -> AsyncIterator[list[tuple[str, int]]]:
         """Pages of (url, count), most requested first, equal counts by descending URL."""
         for start in range(offset, offset + limit, PAGE):
             last = min(start + PAGE, offset + limit) - 1
-            found = await self.reader.zrevrange("url_rank", start, last, withscores=True)
+            found = await self.redis.zrevrange("url_rank", start, last, withscores=True)
             rows = cast(list[tuple[bytes, float]], found)
             if not rows:
                 return
             yield [(url.decode(errors="replace"), int(hits)) for url, hits in rows]
 
     async def aclose(self) -> None:
-        await self.writer.aclose()
-        await self.reader.aclose()
+        await self.writer.disconnect()
+        await self.redis.aclose()
 
 
 class MemoryStore:
@@ -290,12 +297,12 @@ async def connect(settings: Settings) -> Store:
         if "://" not in url:
             raise ValueError
         store = RedisStore(url, settings.max_urls)
-    except ValueError:  # its text may quote a part of the password
+    except (ValueError, TypeError):  # the text may quote a part of the password
         raise UserError(f"REDIS_URL={shown}: use redis://:password@host:6379/0") from None
     try:
         await store.open()
         safety = await store.safety()
-    except (RedisError, TypeError) as error:  # TypeError: redis-py knows no such ?option=
+    except (RedisError, TimeoutError) as error:
         await store.aclose()
         if settings.redis_url or type(error) not in NO_ANSWER:  # a wrong password is a subclass
             raise UserError(f"REDIS_URL={shown}: {error}") from None
@@ -324,35 +331,47 @@ BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 class Batch:
     hits: dict[str, int] = field(default_factory=dict)
     born: float = 0.0  # loop time of the first hit
-    committed: asyncio.Event = field(default_factory=asyncio.Event)
+    waiters: list[asyncio.Future[None]] = field(default_factory=list)
+
+    def release(self) -> None:
+        """Answer the requests that wait for this batch."""
+        for waiter in self.waiters:
+            if not waiter.done():  # cancelled
+                waiter.set_result(None)
+        self.waiters.clear()
 
 
 class GroupCommit:
     """Counts every hit in a store exactly once. Leaving its context commits what is left."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, registry: prometheus.CollectorRegistry) -> None:
         self.store = store
         self.instance, self.sequence = secrets.token_hex(8), 0
         self.filling = Batch()  # takes hits
         self.flying = Batch()  # on its way to the store, slice by slice
         self.sent: dict[str, int] = {}  # sent, not confirmed: perhaps applied
         self.pending = 0  # hits taken, not confirmed
-        self.confirmed = 0  # hits since the start
+        self.held = 0  # hits confirmed since the store was lost
         self.away_since = 0.0  # loop time when the store was lost; 0 while it answers
-        self.confirmed_then = 0
         self.error: Exception  # the last one while sending
         self.stopping = False
         self.wake = asyncio.Event()
         self.loop = asyncio.get_running_loop()
         self.started = self.loop.time()
-        sizes = [4**n for n in range(9)]
-        self.commit_hits = Histogram("url_commit_hits", "Commit size", buckets=sizes, registry=None)
-        self.commit_seconds = Histogram(
-            "url_commit_seconds", "Time to commit", buckets=BUCKETS, registry=None
+        up = prometheus.Gauge("redis_up", "1 while the store answers", registry=registry)
+        up.set_function(lambda: not self.away_since)
+        held = prometheus.Gauge("url_hits_pending", "Hits taken, not committed", registry=registry)
+        held.set_function(lambda: self.pending)
+        self.confirmed = prometheus.Counter("url_hits", "Hits committed", registry=registry)
+        self.sizes = prometheus.Histogram(
+            "url_commit_hits", "Commit size", buckets=[4**n for n in range(9)], registry=registry
+        )
+        self.times = prometheus.Histogram(
+            "url_commit_seconds", "Time to commit", buckets=BUCKETS, registry=registry
         )
 
-    async def hit(self, url: str) -> None:
-        """Count one request; return when it is in the store, or at once while that is away.
+    def hit(self, url: str) -> asyncio.Future[None]:
+        """Count one request. Done when it is in the store, or at once while that is away.
 
         Raises 503, and does not count, when hits of too many URLs are held already.
         """
@@ -368,8 +387,12 @@ class GroupCommit:
             batch.hits[url] = 0
         batch.hits[url] += 1
         self.pending += 1
-        if not self.away_since:  # an Event: cancelling one waiter would cancel a shared future
-            await batch.committed.wait()
+        waiter = self.loop.create_future()  # one each: who cancels it, cancels no other
+        if self.away_since:
+            waiter.set_result(None)
+        else:
+            batch.waiters.append(waiter)
+        return waiter
 
     async def run(self) -> None:
         """Commit batch after batch, each in slices that Redis hardly feels."""
@@ -383,10 +406,10 @@ class GroupCommit:
                 self.sent = dict(islice(batch.hits.items(), PAGE))
                 await self.commit_sent()
             patience.cancel()
-            batch.committed.set()
+            batch.release()
             if self.away_since and len(self.filling.hits) <= PAGE:  # else nobody waits for it yet
                 seconds = round(self.loop.time() - self.away_since, 1)
-                hits = self.confirmed - self.confirmed_then + self.pending
+                hits = self.held + self.pending
                 log.info("redis is back", extra={"hits": hits, "seconds": seconds})
                 self.away_since = 0.0
                 self.filling.born = self.loop.time()  # or its old hits would try our patience
@@ -407,9 +430,10 @@ class GroupCommit:
                 await asyncio.sleep(RETRY_PAUSE if attempt else 0)
         hits = sum(self.sent.values())
         self.pending -= hits
-        self.confirmed += hits
-        self.commit_hits.observe(hits)
-        self.commit_seconds.observe(time.perf_counter() - started)
+        self.held += hits
+        self.confirmed.inc(hits)
+        self.sizes.observe(hits)
+        self.times.observe(time.perf_counter() - started)
         for url in self.sent:
             del self.flying.hits[url]
         self.sent = {}
@@ -417,11 +441,10 @@ class GroupCommit:
     def stop_waiting(self) -> None:
         """The store is away: answer those who wait, and let nobody wait until it is back."""
         if not self.away_since:
-            self.away_since, self.confirmed_then = self.loop.time(), self.confirmed
+            self.away_since, self.held = self.loop.time(), 0
             log.error("redis is away, hits are held", extra={"error": str(self.error)})
-        for batch in (self.flying, self.filling):
-            batch.committed.set()  # wakes all who wait now;
-            batch.committed.clear()  # whoever comes when the store is back waits again
+        self.flying.release()
+        self.filling.release()
 
     async def __aenter__(self) -> Self:
         self.task = asyncio.create_task(self.run())
@@ -518,56 +541,43 @@ HINTS = {
 }
 
 
-Route = web.AbstractResource | None
+SETTINGS = web.AppKey("settings", Settings)
+STORE: web.AppKey[Store] = web.AppKey("store")
+COMMITS = web.AppKey("commits", GroupCommit)
+TEST_RUN = web.AppKey("test_run", asyncio.Lock)
+STOPPING = web.AppKey("stopping", asyncio.Event)
+REGISTRY = web.AppKey("registry", prometheus.CollectorRegistry)
+ANSWERS: web.AppKey["Answers"] = web.AppKey("answers")
 
 
-def template(route: Route) -> str:
-    """The route label: one for each path pattern, never one for each path."""
-    return route.canonical.replace("{slash}", "/") if route else "none"
+class Answers(Collector):
+    """Notes answers for /metrics. With prometheus-client's own objects a request costs 6 % more."""
 
+    def __init__(self, app: web.Application) -> None:
+        routes = [(route.handler, route.resource) for route in app.router.routes()]
+        self.labels = {h: r.canonical.replace("{slash}", "/") for h, r in routes if r}
+        self.numbers: Counter[tuple[str, str, int]] = Counter()  # by method, route and status
+        # By route: the number of answers in each bucket, then the sum of their seconds.
+        self.durations = defaultdict[str, list[float]](lambda: [0] * (len(BUCKETS) + 2))
+        app[REGISTRY].register(self)
 
-class Metrics(Collector):
-    """What /metrics shows. It counts answers itself: prometheus-client's objects cost 5 % more."""
-
-    def __init__(self, commits: GroupCommit) -> None:
-        self.commits = commits
-        self.answers: Counter[tuple[str, Route, int]] = Counter()  # by method, route and status
-        # For each route the number of answers in each bucket, then the sum of their seconds.
-        self.durations = defaultdict[Route, list[float]](lambda: [0] * (len(BUCKETS) + 2))
-        self.registry = CollectorRegistry()
-        self.registry.register(self)
-
-    def observe(self, request: web.Request, status: int, seconds: float) -> None:
-        method = request.method if request.method in hdrs.METH_ALL else "OTHER"
-        route = request.match_info.route.resource
-        self.answers[method, route, status] += 1
+    def observe(self, handler: Handler, method: str, status: int, seconds: float) -> None:
+        route = self.labels.get(handler, "none")  # a pattern: never a label for each path
+        self.numbers[method if method in hdrs.METH_ALL else "OTHER", route, status] += 1
         durations = self.durations[route]
         durations[bisect_left(BUCKETS, seconds)] += 1
         durations[-1] += seconds
 
     def collect(self) -> Iterator[prometheus.Metric]:
         labels, name = ["method", "route", "code"], "http_request_duration_seconds"
-        requests = prometheus.CounterMetricFamily("http_requests", "Answers", labels=labels)
-        duration = prometheus.HistogramMetricFamily(name, "Time to answer", labels=["route"])
-        for (method, route, status), n in self.answers.items():
-            requests.add_metric([method, template(route), str(status)], n)
-        for route, durations in self.durations.items():
-            buckets = zip([*map(str, BUCKETS), "+Inf"], accumulate(durations[:-1]), strict=True)
-            duration.add_metric([template(route)], list(buckets), durations[-1])
-        yield from (requests, duration)
-        commits, gauge = self.commits, prometheus.GaugeMetricFamily
-        yield prometheus.CounterMetricFamily("url_hits", "Hits committed", commits.confirmed)
-        yield gauge("url_hits_pending", "Hits taken, not committed", commits.pending)
-        yield gauge("redis_up", "1 while the store answers", not commits.away_since)
-        yield from (*commits.commit_hits.collect(), *commits.commit_seconds.collect())
-
-
-SETTINGS = web.AppKey("settings", Settings)
-STORE: web.AppKey[Store] = web.AppKey("store")
-COMMITS = web.AppKey("commits", GroupCommit)
-TEST_RUN = web.AppKey("test_run", asyncio.Lock)
-STOPPING = web.AppKey("stopping", asyncio.Event)
-METRICS = web.AppKey("metrics", Metrics)
+        numbers = prometheus.CounterMetricFamily("http_requests", "Answers", labels=labels)
+        durations = prometheus.HistogramMetricFamily(name, "Time to answer", labels=["route"])
+        for (method, route, status), n in self.numbers.items():
+            numbers.add_metric([method, route, str(status)], n)
+        for route, found in self.durations.items():
+            buckets = zip([*map(str, BUCKETS), "+Inf"], accumulate(found[:-1]), strict=True)
+            durations.add_metric([route], list(buckets), found[-1])
+        yield from (numbers, durations)
 
 
 def answer(data: object, status: int = 200, headers: Mapping[str, str] = HEADERS) -> web.Response:
@@ -587,7 +597,7 @@ async def count_and_guard(request: web.Request, handler: Handler) -> web.StreamR
     """Count a request under /api/, answer errors in JSON, observe how it went."""
     started, path, app = time.perf_counter(), request.path, request.app
     try:
-        if request.match_info.handler is api:  # not by the path: /api%2Fx is a 404
+        if handler is api:  # not by the path: /api%2Fx is a 404
             if len(path) > MAX_PATH:
                 text = f"a path has at most {MAX_PATH} characters, this one has {len(path)}"
                 raise web.HTTPRequestURITooLong(text=text)
@@ -602,7 +612,7 @@ async def count_and_guard(request: web.Request, handler: Handler) -> web.StreamR
     except Exception:
         log.exception("unexpected error", extra={"path": path})
         response = failure(500, "unexpected error: the server's log has it")
-    app[METRICS].observe(request, response.status, time.perf_counter() - started)
+    app[ANSWERS].observe(handler, request.method, response.status, time.perf_counter() - started)
     return response
 
 
@@ -700,7 +710,7 @@ async def ignore_expect(request: web.Request) -> None:
 
 async def metrics(request: web.Request) -> web.Response:
     headers = NOSNIFF | {"Content-Type": CONTENT_TYPE_LATEST}
-    return web.Response(body=generate_latest(request.app[METRICS].registry), headers=headers)
+    return web.Response(body=generate_latest(request.app[REGISTRY]), headers=headers)
 
 
 def live_page() -> Handler:
@@ -726,8 +736,8 @@ def live_page() -> Handler:
 @asynccontextmanager
 async def lifecycle(app: web.Application) -> AsyncIterator[None]:
     store = await connect(app[SETTINGS])
-    async with aclosing(store), GroupCommit(store) as commits:
-        app[STORE], app[COMMITS], app[METRICS] = store, commits, Metrics(commits)
+    async with aclosing(store), GroupCommit(store, app[REGISTRY]) as commits:
+        app[STORE], app[COMMITS], app[ANSWERS] = store, commits, Answers(app)
         yield
     log.info("stopped")
 
@@ -743,7 +753,8 @@ async def create_app(settings: Settings | None = None) -> web.Application:
         settings = Settings.load(os.environ)
         configure_logging(settings.log_format)
     app = web.Application(middlewares=[count_and_guard])
-    app[SETTINGS], app[TEST_RUN], app[STOPPING] = settings, asyncio.Lock(), asyncio.Event()
+    app[SETTINGS], app[REGISTRY] = settings, prometheus.CollectorRegistry()
+    app[TEST_RUN], app[STOPPING] = asyncio.Lock(), asyncio.Event()
     app.add_routes(
         [
             web.get("/", live_page(), expect_handler=ignore_expect),

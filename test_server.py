@@ -30,6 +30,7 @@ from aiohttp import ClientError, ClientSession, web
 from aiohttp.test_utils import TestClient
 from hypothesis import strategies as st
 from playwright.async_api import ConsoleMessage, Page, async_playwright, expect
+from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from yarl import URL
 
@@ -538,12 +539,11 @@ async def test_an_answer_means_that_the_hit_is_in_redis(
 async def test_hits_wait_for_their_batch_and_share_it() -> None:
     """The first hit flies at once; the 40 that come meanwhile are one commit of 40."""
     store = SlowStore()
-    async with GroupCommit(store) as commits:
-        first = asyncio.create_task(commits.hit("/api/a/"))
+    async with GroupCommit(store, CollectorRegistry()) as commits:
+        first = commits.hit("/api/a/")
         while commits.filling.hits or not commits.flying.hits:
             await asyncio.sleep(0)
-        rest = [asyncio.create_task(commits.hit("/api/a/")) for _ in range(40)]
-        await asyncio.sleep(0)
+        rest = [commits.hit("/api/a/") for _ in range(40)]
         assert commits.pending == 41
         assert not first.done()
         store.gate.set()
@@ -553,8 +553,8 @@ async def test_hits_wait_for_their_batch_and_share_it() -> None:
 
 async def test_one_who_leaves_touches_nobody_elses_hit() -> None:
     store = SlowStore()
-    async with GroupCommit(store) as commits:
-        hits = [asyncio.create_task(commits.hit("/api/a/")) for _ in range(10)]
+    async with GroupCommit(store, CollectorRegistry()) as commits:
+        hits = [commits.hit("/api/a/") for _ in range(10)]
         await asyncio.sleep(0)
         hits[3].cancel()
         await asyncio.wait([hits[3]])
@@ -565,7 +565,7 @@ async def test_one_who_leaves_touches_nobody_elses_hit() -> None:
 
 async def test_a_big_batch_goes_in_slices() -> None:
     store = SlowStore()
-    async with GroupCommit(store) as commits:
+    async with GroupCommit(store, CollectorRegistry()) as commits:
         store.gate.set()
         hits = [commits.hit(f"/api/{n}/") for n in range(server.PAGE * 2 + 1)]
         await asyncio.gather(*hits)
@@ -576,6 +576,7 @@ async def test_a_big_batch_goes_in_slices() -> None:
 async def test_a_sequence_number_counts_once(redis_server: RedisServer) -> None:
     """Also when an old copy of a commit arrives after newer ones."""
     store = RedisStore(redis_server.url, 10)
+    await store.open()
     for sequence in (1, 1, 2, 1, 2):
         await store.commit("me", sequence, {"/api/a/": 5})
     await store.commit("you", 1, {"/api/a/": 1})
@@ -718,7 +719,7 @@ class Server:
         ),
         ({"REDIS_URL": ":secret@127.0.0.1"}, "REDIS_URL=***@127.0.0.1"),
         ({"REDIS_URL": "redis:secret@127.0.0.1"}, "REDIS_URL=***@127.0.0.1"),
-        ({"REDIS_URL": "redis://:secret@127.0.0.1:1/0?x=y"}, "'x'"),
+        ({"REDIS_URL": "redis://:secret@127.0.0.1:1/0?x=y"}, "?x=y: use redis://"),
         ({"REDIS_URL": "redis://:secret@127.0.0.1:1/0"}, "REDIS_URL=redis://***@127.0.0.1:1/0"),
         (
             {"REDIS_URL": "redis://127.0.0.1:1/0?password=secret"},
