@@ -19,6 +19,7 @@ JSON: {"error": "what is wrong, and what would be right"}.
     REDIS_URL          --redis-url   unset: redis://localhost:6379/0 if it answers, else memory
     MAX_TEST_REQUESTS                100000 in one test run; 0 turns /test/ off
     MAX_URLS                         10000000; a new URL beyond them counts as "(other)"
+    METRICS_PORT                     unset; first port that a process may serve its /metrics on, too
     LOG_FORMAT                       text on a terminal, else json
 
 Limits, on purpose: a path has at most 2,048 characters. While Redis is away, hits of at most
@@ -42,7 +43,7 @@ from base64 import b64encode
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import accumulate, count, islice
@@ -55,7 +56,7 @@ import redis.exceptions
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 from hiredis import pack_command
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest, start_http_server
 from prometheus_client import core as prometheus
 from prometheus_client.registry import Collector
 from pythonjsonlogger.json import JsonFormatter
@@ -90,6 +91,7 @@ class Settings:
     redis_url: str
     max_test_requests: int
     max_urls: int
+    metrics_port: int
     log_format: str
 
     @classmethod
@@ -105,6 +107,7 @@ class Settings:
             redis_url=env.get("REDIS_URL") or "",
             max_test_requests=whole_number("MAX_TEST_REQUESTS", most),
             max_urls=whole_number("MAX_URLS", env.get("MAX_URLS") or "10000000", 1),
+            metrics_port=whole_number("METRICS_PORT", env.get("METRICS_PORT") or "0", 0, 65_000),
             log_format=log_format,
         )
 
@@ -568,13 +571,13 @@ class Answers(Collector):
         durations[bisect_left(BUCKETS, seconds)] += 1
         durations[-1] += seconds
 
-    def collect(self) -> Iterator[prometheus.Metric]:
+    def collect(self) -> Iterator[prometheus.Metric]:  # perhaps in a thread: on copies
         labels, name = ["method", "route", "code"], "http_request_duration_seconds"
         numbers = prometheus.CounterMetricFamily("http_requests", "Answers", labels=labels)
         durations = prometheus.HistogramMetricFamily(name, "Time to answer", labels=["route"])
-        for (method, route, status), n in self.numbers.items():
+        for (method, route, status), n in list(self.numbers.items()):
             numbers.add_metric([method, route, str(status)], n)
-        for route, found in self.durations.items():
+        for route, found in list(self.durations.items()):
             buckets = zip([*map(str, BUCKETS), "+Inf"], accumulate(found[:-1]), strict=True)
             durations.add_metric([route], list(buckets), found[-1])
         yield from (numbers, durations)
@@ -733,12 +736,30 @@ def live_page() -> Handler:
 # The store opens first and closes last; in between, group commit drains.
 
 
+@contextmanager
+def own_metrics(settings: Settings, registry: prometheus.CollectorRegistry) -> Iterator[None]:
+    """Serve this process's /metrics on a port of its own: those that share PORT cannot choose."""
+    first = settings.metrics_port
+    for port in range(first, first + 100):
+        with suppress(OSError):  # another process has it
+            server, _ = start_http_server(port, settings.host, registry)
+            break
+    else:
+        raise UserError(f"METRICS_PORT={first}: neither it nor the next 99 are free")
+    log.info("metrics", extra={"port": port})
+    yield
+    server.shutdown()
+    server.server_close()
+
+
 @asynccontextmanager
 async def lifecycle(app: web.Application) -> AsyncIterator[None]:
-    store = await connect(app[SETTINGS])
+    settings = app[SETTINGS]
+    store = await connect(settings)
     async with aclosing(store), GroupCommit(store, app[REGISTRY]) as commits:
         app[STORE], app[COMMITS], app[ANSWERS] = store, commits, Answers(app)
-        yield
+        with own_metrics(settings, app[REGISTRY]) if settings.metrics_port else nullcontext():
+            yield
     log.info("stopped")
 
 

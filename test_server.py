@@ -709,6 +709,7 @@ class Server:
         ({"PORT": "-1"}, "PORT='-1'"),
         ({"PORT": "65536"}, "PORT='65536'"),
         ({"MAX_URLS": "0"}, "MAX_URLS='0'"),
+        ({"METRICS_PORT": "x"}, "METRICS_PORT='x'"),
         ({"MAX_TEST_REQUESTS": "-1"}, "MAX_TEST_REQUESTS='-1'"),
         ({"LOG_FORMAT": "xml"}, "LOG_FORMAT='xml'"),
         ({"HOST": "256.1.1.1"}, "HOST=256.1.1.1 PORT="),
@@ -1130,13 +1131,13 @@ FAULTS = [
 async def rig_of(tmp_path: Path) -> AsyncIterator[StartRig]:
     async with contextlib.AsyncExitStack() as stack:
 
-        async def start(code: str = "") -> Rig:
+        async def start(code: str = "", **env: str) -> Rig:
             redis_server = RedisServer(tmp_path)
             stack.callback(redis_server.client.close)
             stack.callback(redis_server.kill)
             proxy = await stack.enter_async_context(Proxy(redis_server.port))
             url = f"redis://127.0.0.1:{proxy.port}/0"
-            process = Server(tmp_path / "log", url, code=code)
+            process = Server(tmp_path / "log", url, code=code, **env)
             stack.callback(process.__exit__)
             await until(process.serves)
             return Rig(redis_server, proxy, process, Load(process.port))
@@ -1493,7 +1494,9 @@ async def test_slow_and_idle_clients_hold_nobody_up(victim: Server) -> None:
 # --- Metrics and logs -----------------------------------------------------------------------------
 
 
-async def scrape(client: Client) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+async def scrape(
+    client: Client | ClientSession,
+) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
     """Every sample of /metrics, read by the library's own parser."""
     async with client.get("/metrics") as response:
         assert response.headers["Content-Type"].startswith("text/plain; version=")
@@ -1715,18 +1718,35 @@ async def test_take_pictures(
 
 
 async def test_four_processes_under_gunicorn_count_as_one(rig_of: StartRig) -> None:
+    """And each can be scraped: together they have answered every request, and committed it."""
     rig = await rig_of(
         "import os, sys; from gunicorn.app.wsgiapp import run; print('started');"
         "sys.argv = ['gunicorn', '-w4', '-kaiohttp.GunicornUVLoopWebWorker',"
-        " '-b127.0.0.1:' + os.environ['PORT'], '--no-control-socket', 'server:create_app']; run()"
+        " '-b127.0.0.1:' + os.environ['PORT'], '--no-control-socket', 'server:create_app']; run()",
+        METRICS_PORT=str(free_port()),
     )
-    await until(lambda: rig.server.log.read_text().count("counting in redis") == 4)
+    ports: list[str] = []
+
+    def all_serve() -> bool:
+        ports[:] = re.findall(r'"event": "metrics", "port": (\d+)', rig.server.log.read_text())
+        return len(set(ports)) == 4
+
+    await until(all_serve)
     async with rig.load:
         await rig.load.more(3000)
         async with ClientSession(rig.server.base) as session, session.post("/test/200/") as run:
             assert (await run.json())["ok"] == 200
-        assert await asyncio.to_thread(rig.server.stop) == 0
+    committed = 0.0
+    for port in ports:
+        async with ClientSession(f"http://127.0.0.1:{port}") as session:
+            samples = await scrape(session)
+        api = {("method", "GET"), ("route", "/api/{tail}"), ("code", "200")}
+        hits = samples["url_hits_total", frozenset()]
+        assert hits == samples.get(("http_requests_total", frozenset(api)), 0)
+        committed += hits
+    assert await asyncio.to_thread(rig.server.stop) == 0
     counts = rig.redis.counts()
+    assert committed == sum(counts.values())
     loaded = {url: counts.pop(url) for url in list(counts) if url in rig.load.answered}
     lost, double = rig.load.lost_and_double(loaded)
     assert sum(counts.values()) == 200
