@@ -42,14 +42,16 @@ import time
 from base64 import b64encode
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
+from heapq import merge
 from itertools import accumulate, count, islice
 from json.encoder import encode_basestring_ascii as quote
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
+from zlib import crc32
 
 import aiohttp
 import redis.exceptions
@@ -60,7 +62,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest, start_http_s
 from prometheus_client import core as prometheus
 from prometheus_client.registry import Collector
 from pythonjsonlogger.json import JsonFormatter
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
@@ -74,6 +76,7 @@ else:
     from uvloop import new_event_loop
 
 log = logging.getLogger("server")
+T = TypeVar("T")
 
 # --- Configuration --------------------------------------------------------------------------------
 # Read once, by whoever calls create_app(). A bad value ends the start with one line that names it:
@@ -127,6 +130,8 @@ def whole_number(name: str, text: str, low: int = 0, high: int = 10**15) -> int:
 #   url_total              the sum of url_rank
 #   url_commit:<instance>  the last sequence number that was applied for one server, for 24 hours
 #   url_schema             the version of this layout, 1
+# In a Redis Cluster, 16 shards have these keys, each under a hash tag ("{7}url_rank"): a commit is
+# one script for each shard that it touches. A single Redis is a shard without a tag.
 
 DEFAULT_REDIS_URL = "redis://localhost:6379/0"
 OTHER = "(other)"
@@ -163,8 +168,23 @@ return spoiled
 """
 
 
+Key = str | bytes
+Row = tuple[int, str, str]  # count, URL, tag of its shard
+
+
+async def together(*jobs: Awaitable[T]) -> list[T]:
+    """Await all side by side, to the end, and raise what failed. A single one needs no task."""
+    if len(jobs) == 1:
+        return [await jobs[0]]
+    results = await asyncio.gather(*jobs, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return cast(list[T], results)
+
+
 class RedisStore:
-    """Counts in Redis. All methods raise RedisError when Redis does not do it within a second."""
+    """Counts in Redis. All methods raise FAILURES when Redis does not do it within a second."""
 
     state = "connected"
 
@@ -174,52 +194,69 @@ class RedisStore:
         options: dict[str, Any] = {"protocol": 2, "retry": Retry(NoBackoff(), 0)}
         options |= {"socket_timeout": 1, "socket_connect_timeout": 1}
         pool = BlockingConnectionPool.from_url(url, max_connections=16, timeout=1, **options)
-        self.redis = Redis.from_pool(pool)
+        self.redis: Redis | RedisCluster = Redis.from_pool(pool)
         # Commits have a connection of their own: no crowd of readers holds one up, and without the
         # client around it a commit takes half the CPU time (make bench).
-        alone = {**pool.connection_kwargs, "socket_timeout": None}  # apply() sees to that
-        self.writer = pool.connection_class(**alone)
+        alone = {**pool.connection_kwargs, "socket_timeout": None}  # send_alone() sees to that
+        self.writer, self.send = pool.connection_class(**alone), self.send_alone
+        self.url, self.options, self.tags = url, options, [""]
         self.script, self.max_urls = "", max_urls
         self.spoiled: set[bytes] = set()
 
     async def open(self) -> None:
-        """Index what an earlier version counted: commit 0 hits to each URL, a page at a time.
+        """Learn what Redis this is, load the script, index what an earlier version counted."""
+        if not self.script and (await self.redis.info("cluster"))["cluster_enabled"]:
+            await self.redis.aclose()
+            self.redis = RedisCluster.from_url(self.url, **self.options)
+            self.send, self.tags = self.redis.execute_command, [f"{{{n}}}" for n in range(16)]
+            self.max_urls = -(-self.max_urls // 16)
+        self.script = await self.redis.script_load(COMMIT)
+        for tag in self.tags:
+            if await self.redis.exists(f"{tag}url_schema", f"{tag}url_rank") < 2:
+                await self.build_index(tag)
+
+    async def build_index(self, tag: str) -> None:
+        """Commit 0 hits to each URL, a page at a time.
 
         Whatever another server does meanwhile, and wherever this one dies, the result is the same.
         """
-        self.script = await self.redis.script_load(COMMIT)
-        if await self.redis.exists("url_schema", "url_rank") == 2:
-            return
-        instance, urls, cursor = secrets.token_hex(8), 0, 0
+        found = self.redis.scan_iter(f"{tag}url_count:*", PAGE, "STRING")
+        instance, urls = secrets.token_hex(8), 0
         for page in count(1):
-            cursor, keys = await self.redis.scan(cursor, "url_count:*", PAGE, "STRING")
-            if keys:
-                await self.apply(instance, page, keys, [0] * len(keys))
-            urls += len(keys)
-            if keys and (page % 100 == 0 or not cursor):
-                log.info("indexing earlier counts", extra={"urls": urls, "done": not cursor})
-            if not cursor:
+            keys = [key for _ in range(PAGE) if (key := await anext(found, None))]
+            if not keys:
                 break
-        await self.redis.set("url_schema", 1)
+            await self.apply(instance, page, tag, dict.fromkeys(keys, 0))
+            urls += len(keys)
+            if page % 100 == 0 or len(keys) < PAGE:
+                log.info("indexing earlier counts", extra={"urls": urls})
+        await self.redis.set(f"{tag}url_schema", 1)
 
     async def commit(self, instance: str, sequence: int, hits: Mapping[str, int]) -> None:
         """Add hits {url: n}, but once: nothing if instance has used that sequence number."""
-        keys = [f"url_count:{url}" for url in hits]
-        await self.apply(instance, sequence, keys, hits.values())
+        shards = defaultdict[str, dict[Key, int]](dict)
+        for url, n in hits.items():
+            tag = self.tag(url)
+            shards[tag][f"{tag}url_count:{url}"] = n
+        await together(*[self.apply(instance, sequence, *shard) for shard in shards.items()])
 
-    async def apply(
-        self, instance: str, sequence: int, keys: Sequence[str | bytes], hits: Iterable[int]
-    ) -> None:
-        names = (f"url_commit:{instance}", *SHARED, *keys)
-        command: Any = ("EVALSHA", self.script, len(names), *names, sequence, self.max_urls, *hits)
-        async with asyncio.timeout(1):  # one for both ways: redis-py's own start a task each
-            await self.writer.send_packed_command(pack_command(command))
-            spoiled = await self.writer.read_response()
+    def tag(self, url: str) -> str:
+        return self.tags[crc32(url.encode()) % len(self.tags)] if len(self.tags) > 1 else ""
+
+    async def apply(self, instance: str, sequence: int, tag: str, hits: Mapping[Key, int]) -> None:
+        names = [tag + name for name in (f"url_commit:{instance}", *SHARED)]
+        args = (len(names) + len(hits), *names, *hits, sequence, self.max_urls, *hits.values())
+        spoiled = await self.send("EVALSHA", self.script, *args)
         for key in spoiled:
             if key not in self.spoiled:
                 self.spoiled.add(key)
                 shown = key.decode(errors="replace")
                 log.error("not a number, hits on it are lost", extra={"key": shown})
+
+    async def send_alone(self, *command: str | bytes | int) -> Any:
+        async with asyncio.timeout(1):  # one for both ways: redis-py's own start a task each
+            await self.writer.send_packed_command(pack_command(cast(Any, command)))
+            return await self.writer.read_response()
 
     async def safety(self) -> dict[str, str]:
         """What counts rest on, by Redis's names; a Redis that forbids CONFIG leaves it unknown."""
@@ -232,24 +269,43 @@ class RedisStore:
 
     async def totals(self) -> tuple[int, int]:
         """The sum of all counts, and the number of URLs."""
-        hits = await self.redis.get("url_total")
-        return int(hits or 0), await self.redis.zcard("url_rank")
+        hits = await together(*[self.redis.get(f"{tag}url_total") for tag in self.tags])
+        urls = await together(*[self.redis.zcard(f"{tag}url_rank") for tag in self.tags])
+        return sum(int(n or 0) for n in hits), sum(urls)
 
     async def find(self, url: str) -> tuple[int, int] | None:
         """Count and rank (1 for the most requested) of one URL."""
-        hits = await self.redis.zscore("url_rank", url)
-        ahead = cast(int | None, await self.redis.zrevrank("url_rank", url))
-        return None if hits is None or ahead is None else (int(hits), ahead + 1)
+        mine = self.tag(url)
+        hits = await self.redis.zscore(f"{mine}url_rank", url)
+        ahead = cast(int | None, await self.redis.zrevrank(f"{mine}url_rank", url))
+        if hits is None or ahead is None:
+            return None
+        others = [f"{tag}url_rank" for tag in self.tags if tag != mine]
+        more = await together(*[self.redis.zcount(rank, f"({hits}", "inf") for rank in others])
+        return int(hits), 1 + ahead + sum(more)
 
-    async def ranked(self, offset: int, limit: int) -> AsyncIterator[list[tuple[str, int]]]:
-        """Pages of (url, count), most requested first, equal counts by descending URL."""
-        for start in range(offset, offset + limit, PAGE):
-            last = min(start + PAGE, offset + limit) - 1
-            found = await self.redis.zrevrange("url_rank", start, last, withscores=True)
-            rows = cast(list[tuple[bytes, float]], found)
-            if not rows:
+    async def ranked(self, offset: int, limit: int) -> AsyncIterator[list[Row]]:
+        """Pages of the ranking, most requested first, equal counts by descending URL."""
+        alone = len(self.tags) == 1  # else what is skipped must be merged, too
+        at, skip = Counter({"": offset}), 0 if alone else offset
+        while limit:
+            size = min(PAGE, skip + limit)
+            lists = await together(*[self.rows(tag, at[tag], size) for tag in self.tags])
+            page = list(merge(*lists, reverse=True))
+            if full := [rows[-1] for rows in lists if len(rows) == size]:
+                page = page[: page.index(max(full)) + 1]  # what follows may be preceded by more
+            if not page:
                 return
-            yield [(url.decode(errors="replace"), int(hits)) for url, hits in rows]
+            at.update(tag for _, _, tag in page)
+            wanted = page[skip : skip + limit]
+            skip, limit = max(0, skip - len(page)), limit - len(wanted)
+            if wanted:
+                yield wanted
+
+    async def rows(self, tag: str, start: int, size: int) -> list[Row]:
+        found = self.redis.zrevrange(f"{tag}url_rank", start, start + size - 1, withscores=True)
+        rows = cast(list[tuple[bytes, float]], await found)
+        return [(int(hits), url.decode(errors="replace"), tag) for url, hits in rows]
 
     async def aclose(self) -> None:
         await self.writer.disconnect()
@@ -280,8 +336,8 @@ class MemoryStore:
         ahead = sum((n, other) > me for other, n in self.counts.items())
         return (me[0], ahead + 1) if me[0] else None
 
-    async def ranked(self, offset: int, limit: int) -> AsyncIterator[list[tuple[str, int]]]:
-        rows = sorted(self.counts.items(), key=lambda row: (row[1], row[0]), reverse=True)
+    async def ranked(self, offset: int, limit: int) -> AsyncIterator[list[Row]]:
+        rows = sorted(((n, url, "") for url, n in self.counts.items()), reverse=True)
         for start in range(offset, min(offset + limit, len(rows)), PAGE):
             yield rows[start : min(start + PAGE, offset + limit)]
 
@@ -289,6 +345,7 @@ class MemoryStore:
 
 
 Store = RedisStore | MemoryStore
+FAILURES = (RedisError, redis.exceptions.RedisClusterException)  # that are the store's
 NO_ANSWER = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
 
 
@@ -305,7 +362,7 @@ async def connect(settings: Settings) -> Store:
     try:
         await store.open()
         safety = await store.safety()
-    except (RedisError, TimeoutError) as error:
+    except (*FAILURES, TimeoutError) as error:
         await store.aclose()
         if settings.redis_url or type(error) not in NO_ANSWER:  # a wrong password is a subclass
             raise UserError(f"REDIS_URL={shown}: {error}") from None
@@ -610,7 +667,7 @@ async def count_and_guard(request: web.Request, handler: Handler) -> web.StreamR
         response = failure(error.status, error.text, error.headers)
     except UserError as error:
         response = failure(400, str(error))
-    except RedisError as error:
+    except FAILURES as error:
         response = failure(503, f"Redis does not answer: {error}", RETRY_AFTER)
     except Exception:
         log.exception("unexpected error", extra={"path": path})
@@ -643,14 +700,14 @@ async def stats(request: web.Request) -> web.StreamResponse:
         if request.method == "HEAD":
             return response
         while rows:
-            page = ", ".join(f'{{"count": {hits}, "url": {quote(url)}}}' for url, hits in rows)
+            page = ", ".join(f'{{"count": {hits}, "url": {quote(url)}}}' for hits, url, _ in rows)
             await response.write((opening + page).encode())
             opening = ", "
             rows = await anext(pages, None)
         await response.write(b"[]\n" if opening == "[" else b"]\n")
     except ConnectionError:  # the client has left
         pass
-    except RedisError as error:
+    except FAILURES as error:
         log.warning("list broken off", extra={"error": str(error)})
         if request.transport:
             request.transport.abort()  # a list cut short must not look whole
@@ -701,7 +758,7 @@ async def health(request: web.Request) -> web.Response:
         if commits.away_since:
             raise RedisError(commits.error)
         hits, urls = await store.totals()
-    except RedisError as error:
+    except FAILURES as error:
         report |= {"status": "unhealthy", "redis": "disconnected", "error": str(error)}
         return answer(report | uptime, 503, HEADERS | RETRY_AFTER)
     return answer(report | {"hits": hits, "urls": urls} | uptime)
