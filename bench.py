@@ -4,8 +4,9 @@
     python bench.py serve NAME PORT REDIS_URL  one of the servers that this one is compared with
 
 It needs wrk and redis-server; the Redis is its own, on a free port, in a temporary folder. Machines
-are noisy, so all servers are up at once and measured in turns, round after round: a number is the
-median of its rounds, a ratio that of two medians.
+are noisy, so all servers are up at once and measured in turns, round after round; and two processes
+of one program can be 10 % apart, so every round starts new ones. A number is the median of its
+rounds, a ratio that of two medians.
 """
 
 import json
@@ -48,10 +49,15 @@ PACKAGES = ("aiohttp", "redis", "uvloop", "fastapi", "uvicorn", "httptools", "Fl
 
 def serve_plain(port: int, redis_url: str) -> None:
     """The ceiling: the handler of server.py, and no counting."""
+    from json.encoder import encode_basestring_ascii as quote
+
     from aiohttp import web
 
+    headers = NOSNIFF | {"Content-Type": "application/json"}
+
     async def api(request: web.Request) -> web.Response:
-        return web.json_response({"url": request.path}, headers=NOSNIFF)
+        path = request.path if request.path.endswith("/") else request.path + "/"
+        return web.Response(body=f'{{"url": {quote(path)}}}\n'.encode(), headers=headers)
 
     run_aiohttp(api, port)
 
@@ -290,23 +296,27 @@ def medians(samples: list[Sample]) -> Sample:
 
 
 def compare(lab: Lab) -> Results:
-    """All servers, in turns."""
+    """All servers, in turns; new ones in each round."""
     results: Results = {}
-    with ExitStack() as stack:
-        names = [THIS, *SERVE]
-        servers = {n: stack.enter_context(started(lab, n, i)) for i, n in enumerate(names)}
-        for server in servers.values():
-            wrk(lab, server, 1000, 64, 0)  # warms it up
-        for urls in lab.plan.url_sets:
-            lab.client.flushall()
-            for turn in range(1, lab.plan.rounds + 1):
-                for conns in lab.plan.connections:
-                    for name, server in servers.items():
-                        sample = wrk(lab, server, urls, conns, turn * 1000 + conns)
-                        results.setdefault((urls, conns, name), []).append(sample)
-                    rates = ", ".join(f"{results[urls, conns, n][-1].rate:,.0f}" for n in names)
-                    say(f"{urls:,} URLs, round {turn}/{lab.plan.rounds}, -c{conns}: {rates} req/s")
+    for urls in lab.plan.url_sets:
+        lab.client.flushall()
+        for turn in range(1, lab.plan.rounds + 1):
+            with ExitStack() as stack:
+                measure_round(lab, stack, urls, turn, results)
     return results
+
+
+def measure_round(lab: Lab, stack: ExitStack, urls: int, turn: int, results: Results) -> None:
+    names = [THIS, *SERVE]
+    servers = {n: stack.enter_context(started(lab, n, i)) for i, n in enumerate(names)}
+    for server in servers.values():
+        wrk(lab, server, 1000, 64, 0)  # warms it up
+    for conns in lab.plan.connections:
+        for name, server in servers.items():
+            sample = wrk(lab, server, urls, conns, turn * 1000 + conns)
+            results.setdefault((urls, conns, name), []).append(sample)
+        rates = ", ".join(f"{results[urls, conns, n][-1].rate:,.0f}" for n in names)
+        say(f"{urls:,} URLs, round {turn}/{lab.plan.rounds}, -c{conns}: {rates} req/s")
 
 
 SPEED = """
