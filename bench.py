@@ -26,6 +26,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import date
 from http.client import HTTPConnection, HTTPException
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -296,11 +297,12 @@ def medians(samples: list[Sample]) -> Sample:
 
 
 def compare(lab: Lab) -> Results:
-    """All servers, in turns; new ones in each round."""
-    results: Results = {}
-    for urls in lab.plan.url_sets:
+    """All servers, in turns; in each round new ones, and another one first."""
+    plan, names = lab.plan, [THIS, *SERVE]
+    results: Results = {k: [] for k in product(plan.url_sets, plan.connections, names)}
+    for urls in plan.url_sets:
         lab.client.flushall()
-        for turn in range(1, lab.plan.rounds + 1):
+        for turn in range(1, plan.rounds + 1):
             with ExitStack() as stack:
                 measure_round(lab, stack, urls, turn, results)
     return results
@@ -312,9 +314,9 @@ def measure_round(lab: Lab, stack: ExitStack, urls: int, turn: int, results: Res
     for server in servers.values():
         wrk(lab, server, 1000, 64, 0)  # warms it up
     for conns in lab.plan.connections:
-        for name, server in servers.items():
-            sample = wrk(lab, server, urls, conns, turn * 1000 + conns)
-            results.setdefault((urls, conns, name), []).append(sample)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            sample = wrk(lab, servers[name], urls, conns, turn * 1000 + conns)
+            results[urls, conns, name].append(sample)
         rates = ", ".join(f"{results[urls, conns, n][-1].rate:,.0f}" for n in names)
         say(f"{urls:,} URLs, round {turn}/{lab.plan.rounds}, -c{conns}: {rates} req/s")
 

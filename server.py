@@ -42,7 +42,7 @@ import time
 from base64 import b64encode
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -193,12 +193,14 @@ class RedisStore:
         # RESP3 its pool hands out connections that Redis has closed (redis-py issue 4252).
         options: dict[str, Any] = {"protocol": 2, "retry": Retry(NoBackoff(), 0)}
         options |= {"socket_timeout": 1, "socket_connect_timeout": 1}
-        pool = BlockingConnectionPool.from_url(url, max_connections=16, timeout=1, **options)
-        self.redis: Redis | RedisCluster = Redis.from_pool(pool)
+        self.pool = BlockingConnectionPool.from_url(url, max_connections=16, timeout=1, **options)
+        self.redis: Redis | RedisCluster = Redis.from_pool(self.pool)
         # Commits have a connection of their own: no crowd of readers holds one up, and without the
         # client around it a commit takes half the CPU time (make bench).
-        alone = {**pool.connection_kwargs, "socket_timeout": None}  # send_alone() sees to that
-        self.writer, self.send = pool.connection_class(**alone), self.send_alone
+        alone = {**self.pool.connection_kwargs, "socket_timeout": None}  # send_alone() sees to that
+        self.writer = self.pool.connection_class(**alone)
+        self.send = self.send_alone
+        self.hang_up: Callable[[], Awaitable[None]] = self.writer.disconnect
         self.url, self.options, self.tags = url, options, [""]
         self.script, self.max_urls = "", max_urls
         self.spoiled: set[bytes] = set()
@@ -208,7 +210,9 @@ class RedisStore:
         if not self.script and (await self.redis.info("cluster"))["cluster_enabled"]:
             await self.redis.aclose()
             self.redis = RedisCluster.from_url(self.url, **self.options)
-            self.send, self.tags = self.redis.execute_command, [f"{{{n}}}" for n in range(16)]
+            writer = RedisCluster.from_url(self.url, **self.options)
+            self.send, self.hang_up = writer.execute_command, writer.aclose
+            self.tags = [f"{{{n}}}" for n in range(16)]
             self.max_urls = -(-self.max_urls // 16)
         self.script = await self.redis.script_load(COMMIT)
         for tag in self.tags:
@@ -254,9 +258,14 @@ class RedisStore:
                 log.error("not a number, hits on it are lost", extra={"key": shown})
 
     async def send_alone(self, *command: str | bytes | int) -> Any:
-        async with asyncio.timeout(1):  # one for both ways: redis-py's own start a task each
-            await self.writer.send_packed_command(pack_command(cast(Any, command)))
-            return await self.writer.read_response()
+        try:
+            async with asyncio.timeout(1):  # one for both ways: redis-py's own start a task each
+                await self.writer.send_packed_command(pack_command(cast(Any, command)))
+                return await self.writer.read_response()
+        except ResponseError:  # perhaps a primary was demoted, and its address leads elsewhere now
+            await self.writer.disconnect()
+            await self.pool.disconnect(inuse_connections=False)
+            raise
 
     async def safety(self) -> dict[str, str]:
         """What counts rest on, by Redis's names; a Redis that forbids CONFIG leaves it unknown."""
@@ -308,7 +317,7 @@ class RedisStore:
         return [(int(hits), url.decode(errors="replace"), tag) for url, hits in rows]
 
     async def aclose(self) -> None:
-        await self.writer.disconnect()
+        await self.hang_up()
         await self.redis.aclose()
 
 

@@ -82,6 +82,7 @@ class RedisServer:
             missing("redis-server")
         arguments = f"--port {self.port} --bind 127.0.0.1 --dir {self.folder} --save ''"
         arguments += " --appendonly yes --appendfsync always --enable-debug-command local"
+        arguments += " --repl-diskless-sync-delay 0"
         self.process = subprocess.Popen(
             ["redis-server", *shlex.split(arguments), *options], stdout=subprocess.DEVNULL
         )
@@ -1202,6 +1203,30 @@ async def test_control_the_naive_server_miscounts(
     assert double > 0
 
 
+async def test_when_a_replica_takes_over_the_server_follows_its_address(
+    rig_of: StartRig, tmp_path: Path
+) -> None:
+    """What Sentinel or a managed Redis does: the old primary lives on, read-only."""
+    rig = await rig_of()
+    (tmp_path / "heir").mkdir()
+    heir = RedisServer(tmp_path / "heir")
+    try:
+        heir.client.replicaof("127.0.0.1", rig.redis.port)
+        await until(lambda: heir.client.role()[3] == "connected")
+        async with rig.load:
+            rig.redis.client.execute_command("FAILOVER", "TO", "127.0.0.1", heir.port)
+            rig.proxy.redis_port = heir.port
+            await until(lambda: is_primary(heir))
+            await rig.load.more(2000)
+        await settled(rig.server)
+        assert rig.load.lost_and_double(heir.counts()) == (0, 0)
+        assert rig.load.failed.total() == 0
+        heir.check_index()
+    finally:
+        heir.client.close()
+        heir.kill()
+
+
 async def test_flushall_under_load_and_counts_go_on_from_there(rig_of: StartRig) -> None:
     rig = await rig_of()
     async with rig.load:
@@ -1765,8 +1790,7 @@ class Cluster:
         for n in range(6):
             (folder / str(n)).mkdir()
             options = f"--cluster-enabled yes --cluster-port {free_port()}".split()
-            options += ["--cluster-node-timeout", "1000", "--repl-diskless-sync-delay", "0"]
-            node = RedisServer(folder / str(n), *options)
+            node = RedisServer(folder / str(n), *options, "--cluster-node-timeout", "1000")
             stack.callback(node.kill)
             stack.callback(node.client.close)
             self.nodes.append(node)
