@@ -207,7 +207,7 @@ class RedisStore:
 
     async def open(self) -> None:
         """Learn what Redis this is, load the script, index what an earlier version counted."""
-        if not self.script and (await self.redis.info("cluster"))["cluster_enabled"]:
+        if not self.script and (await self.redis.info("cluster")).get("cluster_enabled"):
             await self.redis.aclose()
             self.redis = RedisCluster.from_url(self.url, **self.options)
             writer = RedisCluster.from_url(self.url, **self.options)
