@@ -42,16 +42,14 @@ import time
 from base64 import b64encode
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
-from heapq import merge
 from itertools import accumulate, count, islice
 from json.encoder import encode_basestring_ascii as quote
 from pathlib import Path
-from typing import Any, Self, TypeVar, cast
-from zlib import crc32
+from typing import Any, Self, cast
 
 import aiohttp
 import redis.exceptions
@@ -62,7 +60,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest, start_http_s
 from prometheus_client import core as prometheus
 from prometheus_client.registry import Collector
 from pythonjsonlogger.json import JsonFormatter
-from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
@@ -76,7 +74,6 @@ else:
     from uvloop import new_event_loop
 
 log = logging.getLogger("server")
-T = TypeVar("T")
 
 # --- Configuration --------------------------------------------------------------------------------
 # Read once, by whoever calls create_app(). A bad value ends the start with one line that names it:
@@ -130,8 +127,6 @@ def whole_number(name: str, text: str, low: int = 0, high: int = 10**15) -> int:
 #   url_total              the sum of url_rank
 #   url_commit:<instance>  the last sequence number that was applied for one server, for 24 hours
 #   url_schema             the version of this layout, 1
-# In a Redis Cluster, 16 shards have these keys, each under a hash tag ("{7}url_rank"): a commit is
-# one script for each shard that it touches. A single Redis is a shard without a tag.
 
 DEFAULT_REDIS_URL = "redis://localhost:6379/0"
 OTHER = "(other)"
@@ -168,23 +163,8 @@ return spoiled
 """
 
 
-Key = str | bytes
-Row = tuple[int, str, str]  # count, URL, tag of its shard
-
-
-async def together(*jobs: Awaitable[T]) -> list[T]:
-    """Await all side by side, to the end, and raise what failed. A single one needs no task."""
-    if len(jobs) == 1:
-        return [await jobs[0]]
-    results = await asyncio.gather(*jobs, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return cast(list[T], results)
-
-
 class RedisStore:
-    """Counts in Redis. All methods raise FAILURES when Redis does not do it within a second."""
+    """Counts in Redis. All methods raise RedisError when Redis does not do it within a second."""
 
     state = "connected"
 
@@ -194,78 +174,58 @@ class RedisStore:
         options: dict[str, Any] = {"protocol": 2, "retry": Retry(NoBackoff(), 0)}
         options |= {"socket_timeout": 1, "socket_connect_timeout": 1}
         self.pool = BlockingConnectionPool.from_url(url, max_connections=16, timeout=1, **options)
-        self.redis: Redis | RedisCluster = Redis.from_pool(self.pool)
+        self.redis = Redis.from_pool(self.pool)
         # Commits have a connection of their own: no crowd of readers holds one up, and without the
         # client around it a commit takes half the CPU time (make bench).
-        alone = {**self.pool.connection_kwargs, "socket_timeout": None}  # send_alone() sees to that
+        alone = {**self.pool.connection_kwargs, "socket_timeout": None}  # apply() sees to that
         self.writer = self.pool.connection_class(**alone)
-        self.send = self.send_alone
-        self.hang_up: Callable[[], Awaitable[None]] = self.writer.disconnect
-        self.url, self.options, self.tags = url, options, [""]
         self.script, self.max_urls = "", max_urls
         self.spoiled: set[bytes] = set()
 
     async def open(self) -> None:
-        """Learn what Redis this is, load the script, index what an earlier version counted."""
-        if not self.script and (await self.redis.info("cluster")).get("cluster_enabled"):
-            await self.redis.aclose()
-            self.redis = RedisCluster.from_url(self.url, **self.options)
-            writer = RedisCluster.from_url(self.url, **self.options)
-            self.send, self.hang_up = writer.execute_command, writer.aclose
-            self.tags = [f"{{{n}}}" for n in range(16)]
-            self.max_urls = -(-self.max_urls // 16)
-        self.script = await self.redis.script_load(COMMIT)
-        for tag in self.tags:
-            if await self.redis.exists(f"{tag}url_schema", f"{tag}url_rank") < 2:
-                await self.build_index(tag)
-
-    async def build_index(self, tag: str) -> None:
-        """Commit 0 hits to each URL, a page at a time.
+        """Index what an earlier version counted: commit 0 hits to each URL, a page at a time.
 
         Whatever another server does meanwhile, and wherever this one dies, the result is the same.
         """
-        found = self.redis.scan_iter(f"{tag}url_count:*", PAGE, "STRING")
-        instance, urls = secrets.token_hex(8), 0
+        self.script = await self.redis.script_load(COMMIT)
+        whole = await self.redis.exists("url_rank", "url_total") != 1  # both, or no URL yet
+        if whole and await self.redis.exists("url_schema"):
+            return
+        instance, urls, cursor = secrets.token_hex(8), 0, 0
         for page in count(1):
-            keys = [key for _ in range(PAGE) if (key := await anext(found, None))]
-            if not keys:
-                break
-            await self.apply(instance, page, tag, dict.fromkeys(keys, 0))
+            cursor, keys = await self.redis.scan(cursor, "url_count:*", PAGE, "STRING")
+            if keys:
+                await self.apply(instance, page, keys, [0] * len(keys))
             urls += len(keys)
-            if page % 100 == 0 or len(keys) < PAGE:
-                log.info("indexing earlier counts", extra={"urls": urls})
-        await self.redis.set(f"{tag}url_schema", 1)
+            if keys and (page % 100 == 0 or not cursor):
+                log.info("indexing earlier counts", extra={"urls": urls, "done": not cursor})
+            if not cursor:
+                break
+        await self.redis.set("url_schema", 1)
 
     async def commit(self, instance: str, sequence: int, hits: Mapping[str, int]) -> None:
         """Add hits {url: n}, but once: nothing if instance has used that sequence number."""
-        shards = defaultdict[str, dict[Key, int]](dict)
-        for url, n in hits.items():
-            tag = self.tag(url)
-            shards[tag][f"{tag}url_count:{url}"] = n
-        await together(*[self.apply(instance, sequence, *shard) for shard in shards.items()])
+        keys = [f"url_count:{url}" for url in hits]
+        await self.apply(instance, sequence, keys, hits.values())
 
-    def tag(self, url: str) -> str:
-        return self.tags[crc32(url.encode()) % len(self.tags)] if len(self.tags) > 1 else ""
-
-    async def apply(self, instance: str, sequence: int, tag: str, hits: Mapping[Key, int]) -> None:
-        names = [tag + name for name in (f"url_commit:{instance}", *SHARED)]
-        args = (len(names) + len(hits), *names, *hits, sequence, self.max_urls, *hits.values())
-        spoiled = await self.send("EVALSHA", self.script, *args)
+    async def apply(
+        self, instance: str, sequence: int, keys: Sequence[str | bytes], hits: Iterable[int]
+    ) -> None:
+        names = (f"url_commit:{instance}", *SHARED, *keys)
+        command: Any = ("EVALSHA", self.script, len(names), *names, sequence, self.max_urls, *hits)
+        try:
+            async with asyncio.timeout(1):  # one for both ways: redis-py's own start a task each
+                await self.writer.send_packed_command(pack_command(command))
+                spoiled = await self.writer.read_response()
+        except ResponseError:  # perhaps a primary was demoted, and its address leads elsewhere now
+            await self.writer.disconnect()
+            await self.pool.disconnect(inuse_connections=False)
+            raise
         for key in spoiled:
             if key not in self.spoiled:
                 self.spoiled.add(key)
                 shown = key.decode(errors="replace")
                 log.error("not a number, hits on it are lost", extra={"key": shown})
-
-    async def send_alone(self, *command: str | bytes | int) -> Any:
-        try:
-            async with asyncio.timeout(1):  # one for both ways: redis-py's own start a task each
-                await self.writer.send_packed_command(pack_command(cast(Any, command)))
-                return await self.writer.read_response()
-        except ResponseError:  # perhaps a primary was demoted, and its address leads elsewhere now
-            await self.writer.disconnect()
-            await self.pool.disconnect(inuse_connections=False)
-            raise
 
     async def safety(self) -> dict[str, str]:
         """What counts rest on, by Redis's names; a Redis that forbids CONFIG leaves it unknown."""
@@ -278,46 +238,27 @@ class RedisStore:
 
     async def totals(self) -> tuple[int, int]:
         """The sum of all counts, and the number of URLs."""
-        hits = await together(*[self.redis.get(f"{tag}url_total") for tag in self.tags])
-        urls = await together(*[self.redis.zcard(f"{tag}url_rank") for tag in self.tags])
-        return sum(int(n or 0) for n in hits), sum(urls)
+        hits = await self.redis.get("url_total")
+        return int(hits or 0), await self.redis.zcard("url_rank")
 
     async def find(self, url: str) -> tuple[int, int] | None:
         """Count and rank (1 for the most requested) of one URL."""
-        mine = self.tag(url)
-        hits = await self.redis.zscore(f"{mine}url_rank", url)
-        ahead = cast(int | None, await self.redis.zrevrank(f"{mine}url_rank", url))
-        if hits is None or ahead is None:
-            return None
-        others = [f"{tag}url_rank" for tag in self.tags if tag != mine]
-        more = await together(*[self.redis.zcount(rank, f"({hits}", "inf") for rank in others])
-        return int(hits), 1 + ahead + sum(more)
+        hits = await self.redis.zscore("url_rank", url)
+        ahead = cast(int | None, await self.redis.zrevrank("url_rank", url))
+        return None if hits is None or ahead is None else (int(hits), ahead + 1)
 
-    async def ranked(self, offset: int, limit: int) -> AsyncIterator[list[Row]]:
-        """Pages of the ranking, most requested first, equal counts by descending URL."""
-        alone = len(self.tags) == 1  # else what is skipped must be merged, too
-        at, skip = Counter({"": offset}), 0 if alone else offset
-        while limit:
-            size = min(PAGE, skip + limit)
-            lists = await together(*[self.rows(tag, at[tag], size) for tag in self.tags])
-            page = list(merge(*lists, reverse=True))
-            if full := [rows[-1] for rows in lists if len(rows) == size]:
-                page = page[: page.index(max(full)) + 1]  # what follows may be preceded by more
-            if not page:
+    async def ranked(self, offset: int, limit: int) -> AsyncIterator[list[tuple[str, int]]]:
+        """Pages of (url, count), most requested first, equal counts by descending URL."""
+        for start in range(offset, offset + limit, PAGE):
+            last = min(start + PAGE, offset + limit) - 1
+            found = await self.redis.zrevrange("url_rank", start, last, withscores=True)
+            rows = cast(list[tuple[bytes, float]], found)
+            if not rows:
                 return
-            at.update(tag for _, _, tag in page)
-            wanted = page[skip : skip + limit]
-            skip, limit = max(0, skip - len(page)), limit - len(wanted)
-            if wanted:
-                yield wanted
-
-    async def rows(self, tag: str, start: int, size: int) -> list[Row]:
-        found = self.redis.zrevrange(f"{tag}url_rank", start, start + size - 1, withscores=True)
-        rows = cast(list[tuple[bytes, float]], await found)
-        return [(int(hits), url.decode(errors="replace"), tag) for url, hits in rows]
+            yield [(url.decode(errors="replace"), int(hits)) for url, hits in rows]
 
     async def aclose(self) -> None:
-        await self.hang_up()
+        await self.writer.disconnect()
         await self.redis.aclose()
 
 
@@ -345,8 +286,8 @@ class MemoryStore:
         ahead = sum((n, other) > me for other, n in self.counts.items())
         return (me[0], ahead + 1) if me[0] else None
 
-    async def ranked(self, offset: int, limit: int) -> AsyncIterator[list[Row]]:
-        rows = sorted(((n, url, "") for url, n in self.counts.items()), reverse=True)
+    async def ranked(self, offset: int, limit: int) -> AsyncIterator[list[tuple[str, int]]]:
+        rows = sorted(self.counts.items(), key=lambda row: (row[1], row[0]), reverse=True)
         for start in range(offset, min(offset + limit, len(rows)), PAGE):
             yield rows[start : min(start + PAGE, offset + limit)]
 
@@ -354,7 +295,6 @@ class MemoryStore:
 
 
 Store = RedisStore | MemoryStore
-FAILURES = (RedisError, redis.exceptions.RedisClusterException)  # that are the store's
 NO_ANSWER = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
 
 
@@ -371,7 +311,7 @@ async def connect(settings: Settings) -> Store:
     try:
         await store.open()
         safety = await store.safety()
-    except (*FAILURES, TimeoutError) as error:
+    except (RedisError, TimeoutError) as error:
         await store.aclose()
         if settings.redis_url or type(error) not in NO_ANSWER:  # a wrong password is a subclass
             raise UserError(f"REDIS_URL={shown}: {error}") from None
@@ -476,7 +416,8 @@ class GroupCommit:
                 await self.commit_sent()
             patience.cancel()
             batch.release()
-            if self.away_since and len(self.filling.hits) <= PAGE:  # else nobody waits for it yet
+            soon = len(self.filling.hits) <= PAGE or self.loop.time() - batch.born < PATIENCE
+            if self.away_since and soon:  # else those who wait for the next batch would wait long
                 seconds = round(self.loop.time() - self.away_since, 1)
                 hits = self.held + self.pending
                 log.info("redis is back", extra={"hits": hits, "seconds": seconds})
@@ -540,7 +481,7 @@ class TestRun:
 
     def __init__(self, n: int, concurrency: int, seed: int) -> None:
         rng = random.Random(seed)
-        segments = [f"{number:06x}" for number in rng.sample(range(16**6), 3)]
+        segments = [f"{drawn:06x}" for drawn in rng.sample(range(16**6), 3)]
         paths = (rng.choices(segments, k=rng.randint(1, 6)) for _ in range(n))
         self.urls = (f"/api/{'/'.join(path)}/" for path in paths)  # the workers share it
         self.order = {"concurrency": concurrency, "seed": seed, "segments": segments}
@@ -676,7 +617,7 @@ async def count_and_guard(request: web.Request, handler: Handler) -> web.StreamR
         response = failure(error.status, error.text, error.headers)
     except UserError as error:
         response = failure(400, str(error))
-    except FAILURES as error:
+    except RedisError as error:
         response = failure(503, f"Redis does not answer: {error}", RETRY_AFTER)
     except Exception:
         log.exception("unexpected error", extra={"path": path})
@@ -709,14 +650,14 @@ async def stats(request: web.Request) -> web.StreamResponse:
         if request.method == "HEAD":
             return response
         while rows:
-            page = ", ".join(f'{{"count": {hits}, "url": {quote(url)}}}' for hits, url, _ in rows)
+            page = ", ".join(f'{{"count": {hits}, "url": {quote(url)}}}' for url, hits in rows)
             await response.write((opening + page).encode())
             opening = ", "
             rows = await anext(pages, None)
         await response.write(b"[]\n" if opening == "[" else b"]\n")
     except ConnectionError:  # the client has left
         pass
-    except FAILURES as error:
+    except RedisError as error:
         log.warning("list broken off", extra={"error": str(error)})
         if request.transport:
             request.transport.abort()  # a list cut short must not look whole
@@ -767,7 +708,7 @@ async def health(request: web.Request) -> web.Response:
         if commits.away_since:
             raise RedisError(commits.error)
         hits, urls = await store.totals()
-    except FAILURES as error:
+    except RedisError as error:
         report |= {"status": "unhealthy", "redis": "disconnected", "error": str(error)}
         return answer(report | uptime, 503, HEADERS | RETRY_AFTER)
     return answer(report | {"hits": hits, "urls": urls} | uptime)
@@ -811,20 +752,22 @@ def own_metrics(settings: Settings, registry: prometheus.CollectorRegistry) -> I
             server, _ = start_http_server(port, settings.host, registry)
             break
     else:
-        raise UserError(f"METRICS_PORT={first}: neither it nor the next 99 are free")
+        raise UserError(f"METRICS_PORT={first}: neither it nor the next 99 can be had")
     log.info("metrics", extra={"port": port})
-    yield
-    server.shutdown()
-    server.server_close()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 @asynccontextmanager
 async def lifecycle(app: web.Application) -> AsyncIterator[None]:
-    settings = app[SETTINGS]
-    store = await connect(settings)
-    async with aclosing(store), GroupCommit(store, app[REGISTRY]) as commits:
-        app[STORE], app[COMMITS], app[ANSWERS] = store, commits, Answers(app)
-        with own_metrics(settings, app[REGISTRY]) if settings.metrics_port else nullcontext():
+    settings, registry = app[SETTINGS], app[REGISTRY]
+    with own_metrics(settings, registry) if settings.metrics_port else nullcontext():
+        store = await connect(settings)
+        async with aclosing(store), GroupCommit(store, registry) as commits:
+            app[STORE], app[COMMITS], app[ANSWERS] = store, commits, Answers(app)
             yield
     log.info("stopped")
 
@@ -893,8 +836,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 async def ignore_signals(app: web.Application) -> None:
     """A second Ctrl-C may not cut short the last commits."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    for end in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(end, signal.SIG_IGN)
 
 
 def serve(settings: Settings) -> None:

@@ -71,11 +71,11 @@ def wait_for(condition: Callable[[], object], seconds: float = 10) -> None:
 class RedisServer:
     """A redis-server of our own, on its own port and folder; a confirmed write is on disk."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder, self.port = folder, free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.client: Any = redis.Redis.from_url(self.url, protocol=2, decode_responses=True)
-        self.start(*options)
+        self.start()
 
     def start(self, *options: str) -> None:
         if not shutil.which("redis-server"):
@@ -357,8 +357,8 @@ async def test_a_failing_store_is_a_503_and_a_list_is_broken_off_never_short(
 ) -> None:
     client = await aiohttp_client(await create_app(settings()))
 
-    async def ranked(*_: object) -> AsyncIterator[list[server.Row]]:
-        yield [(1, "/api/a/", "")]
+    async def ranked(*_: object) -> AsyncIterator[list[tuple[str, int]]]:
+        yield [("/api/a/", 1)]
         raise redis.ConnectionError("gone")
 
     async def totals() -> tuple[int, int]:
@@ -574,6 +574,27 @@ async def test_a_big_batch_goes_in_slices() -> None:
     assert store.counts.total() == server.PAGE * 2 + 1
 
 
+async def test_redis_is_back_when_commits_are_quick_however_big_they_are() -> None:
+    """5,000 new URLs are in each batch, for 900 more come with each slice of 1,000."""
+
+    class Slices(MemoryStore):
+        async def commit(self, instance: str, sequence: int, hits: Mapping[str, int]) -> None:
+            for n in range(900):
+                commits.hit(f"/api/{sequence}/{n}/")
+            await asyncio.sleep(0)
+            await super().commit(instance, sequence, hits)
+
+    async with GroupCommit(Slices(10**6), CollectorRegistry()) as commits:
+        commits.error = TimeoutError()
+        commits.stop_waiting()
+        for n in range(5000):
+            commits.hit(f"/api/{n}/")
+        while commits.away_since and commits.sequence < 500:
+            await asyncio.sleep(0)
+        assert not commits.away_since
+        commits.store = MemoryStore(10**6)  # so that it ends
+
+
 async def test_a_sequence_number_counts_once(redis_server: RedisServer) -> None:
     """Also when an old copy of a commit arrives after newer ones."""
     store = RedisStore(redis_server.url, 10)
@@ -648,6 +669,16 @@ async def test_takeover_is_exact_when_it_dies_half_way_and_when_many_do_it_at_on
     expected = {url: counts.get(url, 0) + live.get(url, 0) for url in counts | live}
     assert redis_server.counts() == expected
     redis_server.check_index()
+
+
+async def test_a_start_without_urls_does_not_look_through_what_others_have(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):
+        store = RedisStore(redis_server.url, 100)
+        await store.open()
+        await store.aclose()
+        monkeypatch.setattr(redis.asyncio.Redis, "scan", None)  # not a second time
 
 
 async def test_a_lost_index_is_built_again(redis_server: RedisServer) -> None:
@@ -1227,6 +1258,10 @@ async def test_when_a_replica_takes_over_the_server_follows_its_address(
         heir.kill()
 
 
+def is_primary(node: RedisServer) -> bool:
+    return bool(node.client.role()[0] == "master")
+
+
 async def test_flushall_under_load_and_counts_go_on_from_there(rig_of: StartRig) -> None:
     rig = await rig_of()
     async with rig.load:
@@ -1777,176 +1812,6 @@ async def test_four_processes_under_gunicorn_count_as_one(rig_of: StartRig) -> N
     assert sum(counts.values()) == 200
     assert (lost, double, rig.load.failed.total()) == (0, 0, 0)
     rig.redis.check_index()
-
-
-# --- A cluster ------------------------------------------------------------------------------------
-
-
-class Cluster:
-    """Three primaries, each with a replica."""
-
-    def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
-        self.nodes = []
-        for n in range(6):
-            (folder / str(n)).mkdir()
-            options = f"--cluster-enabled yes --cluster-port {free_port()}".split()
-            node = RedisServer(folder / str(n), *options, "--cluster-node-timeout", "1000")
-            stack.callback(node.kill)
-            stack.callback(node.client.close)
-            self.nodes.append(node)
-        addresses = [f"127.0.0.1:{node.port}" for node in self.nodes]
-        command = ["redis-cli", "--cluster", "create", *addresses, "--cluster-replicas", "1"]
-        subprocess.run([*command, "--cluster-yes"], check=True, stdout=subprocess.DEVNULL)
-        wait_for(lambda: all(map(self.ready, self.nodes)))
-        self.client: Any = redis.RedisCluster(
-            "127.0.0.1", self.nodes[0].port, protocol=2, decode_responses=True
-        )
-        stack.callback(self.client.close)
-
-    @staticmethod
-    def ready(node: RedisServer) -> bool:
-        state = node.client.cluster("INFO")["cluster_state"]
-        return bool(state == "ok" and (is_primary(node) or node.client.role()[3] == "connected"))
-
-    def owner(self, tag: str) -> RedisServer:
-        port = self.client.get_node_from_key(tag).port
-        return next(node for node in self.nodes if node.port == port)
-
-    def counts(self) -> dict[str, int]:
-        """The truth, and that each shard's index says the same."""
-        found: dict[str, int] = {}
-        for tag in (f"{{{n}}}" for n in range(16)):
-            keys = list(self.client.scan_iter(f"{tag}url_count:*", 1000))
-            shard = {k.removeprefix(f"{tag}url_count:"): int(self.client.get(k)) for k in keys}
-            assert dict(self.client.zrange(f"{tag}url_rank", 0, -1, withscores=True)) == shard
-            assert int(self.client.get(f"{tag}url_total") or 0) == sum(shard.values())
-            found |= shard
-        return found
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    with contextlib.ExitStack() as stack:
-        yield Cluster(tmp_path, stack)
-
-
-@pytest.fixture
-async def cluster_load(
-    cluster: Cluster, tmp_path: Path, request: pytest.FixtureRequest
-) -> AsyncIterator[tuple[Server, Load]]:
-    code = getattr(request, "param", "")
-    with Server(tmp_path / "log", f"redis://127.0.0.1:{cluster.nodes[0].port}", code) as process:
-        await until(process.serves)
-        yield process, Load(process.port)
-
-
-async def test_a_cluster_counts_and_lists_as_one_redis_does(
-    cluster: Cluster, cluster_load: tuple[Server, Load]
-) -> None:
-    process, load = cluster_load
-    async with load:
-        await load.more(2000)
-        assert (await post(process, "/test/500/"))["ok"] == 500
-    counts = cluster.counts()
-    assert sum(counts.values()) == load.answered.total() + 500
-    expected = sorted(((n, url) for url, n in counts.items()), reverse=True)
-    rows = await listed(process, "/stats/")
-    assert [(row["count"], row["url"]) for row in rows] == expected
-    for offset, limit in ((0, 3), (7, 40), (len(rows) - 2, 10), (len(rows), 1)):
-        page = await listed(process, f"/stats/?limit={limit}&offset={offset}")
-        assert page == rows[offset : offset + limit]
-    top = await listed(process, f"/stats{expected[0][1]}")
-    assert top == {"count": expected[0][0], "url": expected[0][1], "rank": 1}
-    health = await listed(process, "/health")
-    assert (health["hits"], health["urls"]) == (sum(counts.values()), len(counts))
-
-
-async def test_a_slot_migrates_under_load_and_nothing_is_lost_or_counted_twice(
-    cluster: Cluster, cluster_load: tuple[Server, Load]
-) -> None:
-    process, load = cluster_load
-    async with load:
-        for tag in ("{0}", "{7}", "{15}"):
-            source = cluster.owner(tag)
-            target = next(n for n in cluster.nodes if n is not source and is_primary(n))
-            await asyncio.to_thread(migrate, cluster, tag, source, target)
-            assert target.client.exists(f"{tag}url_rank")
-            await load.more(500)
-    await settled(process)
-    assert load.lost_and_double(cluster.counts()) == (0, 0)
-    assert load.failed.total() == 0
-
-
-def is_primary(node: RedisServer) -> bool:
-    return bool(node.client.role()[0] == "master")
-
-
-def migrate(cluster: Cluster, tag: str, source: RedisServer, target: RedisServer) -> None:
-    """As redis-cli --cluster reshard does it, for the slot of one tag, key by key."""
-    slot = cluster.client.keyslot(tag)
-    ids = {node.port: node.client.execute_command("CLUSTER MYID") for node in (source, target)}
-    target.client.execute_command("CLUSTER SETSLOT", slot, "IMPORTING", ids[source.port])
-    source.client.execute_command("CLUSTER SETSLOT", slot, "MIGRATING", ids[target.port])
-    while keys := source.client.execute_command("CLUSTER GETKEYSINSLOT", slot, 1):
-        source.client.execute_command("MIGRATE", "127.0.0.1", target.port, keys[0], 0, 1000)
-        time.sleep(0.01)  # more commits see the slot half moved
-    for node in (target, source):
-        node.client.execute_command("CLUSTER SETSLOT", slot, "NODE", ids[target.port])
-
-
-async def test_a_primary_is_killed_and_its_replica_goes_on(
-    cluster: Cluster, cluster_load: tuple[Server, Load]
-) -> None:
-    """Redis may lose a little then (its failover is asynchronous): nothing is counted twice."""
-    lost, double = await fail_over(cluster, *cluster_load)
-    load = cluster_load[1]
-    answered, slowest = load.answered.total(), load.slowest
-    print(f"| a primary killed | {answered} | {lost} | {double} | 0 | {slowest:.2f} s |")
-    assert (double, load.failed.total()) == (0, 0)
-    assert lost <= 100  # what was on its way to the replica
-    assert load.slowest < 1.5
-
-
-# Shards that have applied a commit apply it again when it is sent again for another one's sake.
-WITHOUT_NUMBERS = """
-import server
-server.COMMIT = server.COMMIT.replace("if tonumber(ARGV[1]) <=", "if 0 >", 1)
-server.main()
-"""
-
-
-@pytest.mark.parametrize("cluster_load", [WITHOUT_NUMBERS], indirect=True)
-async def test_control_without_sequence_numbers_a_failover_counts_twice(
-    cluster: Cluster, cluster_load: tuple[Server, Load]
-) -> None:
-    _, double = await fail_over(cluster, *cluster_load)
-    assert double > 0
-
-
-async def fail_over(cluster: Cluster, process: Server, load: Load) -> tuple[int, int]:
-    """Hits lost and counted twice when a primary is killed under load."""
-    async with load:
-        await load.more(500)
-        victim = cluster.owner("{7}")
-        victim.kill()
-        await load.more(5000)
-        heirs = [node for node in cluster.nodes if node is not victim]
-        await until(lambda: sum(map(is_primary, heirs)) == 3)
-        await load.more(2000)
-    await settled(process)
-    cluster.client.nodes_manager.initialize()
-    return load.lost_and_double(cluster.counts())
-
-
-async def listed(process: Server, path: str) -> Any:
-    async with ClientSession(process.base) as session, session.get(path) as response:
-        assert response.status == 200
-        return await response.json()
-
-
-async def post(process: Server, path: str) -> Any:
-    async with ClientSession(process.base) as session, session.post(path) as response:
-        return await response.json()
 
 
 # --- The README -----------------------------------------------------------------------------------
