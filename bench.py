@@ -132,6 +132,7 @@ SERVE: dict[str, Callable[[int, str], None]] = {
     "FastAPI + uvicorn": serve_fastapi,
     "Flask + gunicorn": serve_flask,
 }
+NAMES = [THIS, *SERVE]
 
 
 # --- Processes ------------------------------------------------------------------------------------
@@ -298,27 +299,26 @@ def medians(samples: list[Sample]) -> Sample:
 
 def compare(lab: Lab) -> Results:
     """All servers, in turns; in each round new ones, and another one first."""
-    plan, names = lab.plan, [THIS, *SERVE]
-    results: Results = {k: [] for k in product(plan.url_sets, plan.connections, names)}
+    plan = lab.plan
+    results: Results = {k: [] for k in product(plan.url_sets, plan.connections, NAMES)}
     for urls in plan.url_sets:
         lab.client.flushall()
         for turn in range(1, plan.rounds + 1):
-            with ExitStack() as stack:
-                measure_round(lab, stack, urls, turn, results)
+            measure_round(lab, urls, turn, results)
     return results
 
 
-def measure_round(lab: Lab, stack: ExitStack, urls: int, turn: int, results: Results) -> None:
-    names = [THIS, *SERVE]
-    servers = {n: stack.enter_context(started(lab, n, i)) for i, n in enumerate(names)}
-    for server in servers.values():
-        wrk(lab, server, 1000, 64, 0)  # warms it up
-    for conns in lab.plan.connections:
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            sample = wrk(lab, servers[name], urls, conns, turn * 1000 + conns)
-            results[urls, conns, name].append(sample)
-        rates = ", ".join(f"{results[urls, conns, n][-1].rate:,.0f}" for n in names)
-        say(f"{urls:,} URLs, round {turn}/{lab.plan.rounds}, -c{conns}: {rates} req/s")
+def measure_round(lab: Lab, urls: int, turn: int, results: Results) -> None:
+    with ExitStack() as stack:
+        servers = {n: stack.enter_context(started(lab, n, i)) for i, n in enumerate(NAMES)}
+        for server in servers.values():
+            wrk(lab, server, 1000, 64, 0)  # warms it up
+        for conns in lab.plan.connections:
+            for name in NAMES[turn % len(NAMES) :] + NAMES[: turn % len(NAMES)]:
+                sample = wrk(lab, servers[name], urls, conns, turn * 1000 + conns)
+                results[urls, conns, name].append(sample)
+            rates = ", ".join(f"{results[urls, conns, n][-1].rate:,.0f}" for n in NAMES)
+            say(f"{urls:,} URLs, round {turn}/{lab.plan.rounds}, -c{conns}: {rates} req/s")
 
 
 SPEED = """

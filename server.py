@@ -19,7 +19,7 @@ JSON: {"error": "what is wrong, and what would be right"}.
     REDIS_URL          --redis-url   unset: redis://localhost:6379/0 if it answers, else memory
     MAX_TEST_REQUESTS                100000 in one test run; 0 turns /test/ off
     MAX_URLS                         10000000; a new URL beyond them counts as "(other)"
-    METRICS_PORT                     unset; first port that a process may serve its /metrics on, too
+    METRICS_PORT                     unset; if set, also /metrics of each process, from this port on
     LOG_FORMAT                       text on a terminal, else json
 
 Limits, on purpose: a path has at most 2,048 characters. While Redis is away, hits of at most
@@ -164,7 +164,10 @@ return spoiled
 
 
 class RedisStore:
-    """Counts in Redis. All methods raise RedisError when Redis does not do it within a second."""
+    """Counts in Redis. A command that Redis does not do in a second raises RedisError.
+
+    From open() and commit() that may be a TimeoutError.
+    """
 
     state = "connected"
 
@@ -173,12 +176,12 @@ class RedisStore:
         # RESP3 its pool hands out connections that Redis has closed (redis-py issue 4252).
         options: dict[str, Any] = {"protocol": 2, "retry": Retry(NoBackoff(), 0)}
         options |= {"socket_timeout": 1, "socket_connect_timeout": 1}
-        self.pool = BlockingConnectionPool.from_url(url, max_connections=16, timeout=1, **options)
-        self.redis = Redis.from_pool(self.pool)
+        pool = BlockingConnectionPool.from_url(url, max_connections=16, timeout=1, **options)
+        self.redis = Redis.from_pool(pool)
         # Commits have a connection of their own: no crowd of readers holds one up, and without the
-        # client around it a commit takes half the CPU time (make bench).
-        alone = {**self.pool.connection_kwargs, "socket_timeout": None}  # apply() sees to that
-        self.writer = self.pool.connection_class(**alone)
+        # client around it a commit takes half the CPU time.
+        alone = {**pool.connection_kwargs, "socket_timeout": None}  # apply() sees to that
+        self.writer = pool.connection_class(**alone)
         self.script, self.max_urls = "", max_urls
         self.spoiled: set[bytes] = set()
 
@@ -219,7 +222,7 @@ class RedisStore:
                 spoiled = await self.writer.read_response()
         except ResponseError:  # perhaps a primary was demoted, and its address leads elsewhere now
             await self.writer.disconnect()
-            await self.pool.disconnect(inuse_connections=False)
+            await self.redis.connection_pool.disconnect(inuse_connections=False)
             raise
         for key in spoiled:
             if key not in self.spoiled:
@@ -369,8 +372,8 @@ class GroupCommit:
         self.started = self.loop.time()
         up = prometheus.Gauge("redis_up", "1 while the store answers", registry=registry)
         up.set_function(lambda: not self.away_since)
-        held = prometheus.Gauge("url_hits_pending", "Hits taken, not committed", registry=registry)
-        held.set_function(lambda: self.pending)
+        taken = prometheus.Gauge("url_hits_pending", "Hits taken, not committed", registry=registry)
+        taken.set_function(lambda: self.pending)
         self.confirmed = prometheus.Counter("url_hits", "Hits committed", registry=registry)
         self.sizes = prometheus.Histogram(
             "url_commit_hits", "Commit size", buckets=[4**n for n in range(9)], registry=registry
@@ -549,7 +552,6 @@ HINTS = {
     404: "nothing is here: try /, /api/..., /stats/, /health, /metrics or POST /test/<n>/",
     405: "the path is right, the method is not: see the Allow header",
 }
-
 
 SETTINGS = web.AppKey("settings", Settings)
 STORE: web.AppKey[Store] = web.AppKey("store")
@@ -740,7 +742,7 @@ def live_page() -> Handler:
 
 # --- Lifecycle ------------------------------------------------------------------------------------
 # A host (main, gunicorn, a test) enters it before the first request and leaves it after the last.
-# The store opens first and closes last; in between, group commit drains.
+# The store opens before group commit starts, and closes after that has drained.
 
 
 @contextmanager
