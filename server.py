@@ -41,7 +41,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, suppress
 from functools import lru_cache, partial
 from itertools import islice, takewhile
-from json.encoder import encode_basestring_ascii as quote
+from json.encoder import encode_basestring_ascii as json_string
 from pathlib import Path
 from typing import Any, cast
 
@@ -73,11 +73,11 @@ ANY = range(10**15 + 1)
 DEFAULT_REDIS_URL = "redis://localhost:6379/0"
 PASSWORD = re.compile(r"(?s)(?<=//).*(?=@)|^(?!\w+://).*(?=@)|(?<=password=)[^&]*")
 OPTIONS = [  # variable, default, numbers allowed, line of --help
-    ("HOST", "127.0.0.1", None, "address to listen on"),
-    ("PORT", "5000", range(65_536), "0 takes any free one"),
+    ("HOST", "127.0.0.1", None, "127.0.0.1; 0.0.0.0 listens to the network"),
+    ("PORT", "5000", range(65_536), "5000; 0 takes any free one"),
     ("REDIS_URL", "", None, f"unset: {DEFAULT_REDIS_URL} if it answers, else memory"),
-    ("MAX_TEST_REQUESTS", "100000", ANY, "in one test run; 0 turns /test/ off"),
-    ("MAX_URLS", "10000000", ANY[1:], 'beyond them a new URL counts as "(other)"'),
+    ("MAX_TEST_REQUESTS", "100000", ANY, "100000 in one test run; 0 turns /test/ off"),
+    ("MAX_URLS", "10000000", ANY[1:], '10000000; beyond them a new URL counts as "(other)"'),
 ]
 
 
@@ -86,8 +86,7 @@ def read_settings(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("server.py", argparse.SUPPRESS, __doc__)  # no usage line
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     for name, default, span, text in OPTIONS:
-        flag, text = "--" + name.lower().replace("_", "-"), f"{text} ({default})"
-        value = os.environ.get(name) or default
+        flag, value = "--" + name.lower().replace("_", "-"), os.environ.get(name) or default
         kind = partial(whole_number, name, span=span) if span else str
         parser.add_argument(flag, metavar=name, default=value, type=kind, help=text)
     settings = parser.parse_args(arguments)
@@ -110,9 +109,9 @@ def whole_number(name: str, text: str, span: range, limit: str = "") -> int:
 # --- Stores ---------------------------------------------------------------------------------------
 # Redis and memory answer to the same methods; nobody else knows which one it is. Keys in Redis:
 #   url_count:<url>        the count, raised by INCRBY: the truth
-#   url_rank               sorted set of the URLs by what INCRBY returned, so it cannot drift
+#   url_rank               sorted set of the URLs, scored with the count itself, so it cannot drift
 #   url_total              the sum of url_rank
-#   url_schema             1, the version of this layout, once url_rank has every URL
+#   url_schema             1 (the version of this layout) when url_rank has every URL, else 0
 #   url_commit:<instance>  the last sequence number applied for one server, for 24 hours
 
 Rows = list[tuple[str, int]]  # URL and count
@@ -123,14 +122,14 @@ NO_ANSWER = "no answer in time"  # asyncio's TimeoutError has no words
 
 # KEYS: url_commit:<instance>, the SHARED ones, url_count:<url>... ARGV: sequence number, MAX_URLS,
 # hits of each URL. Returns whether url_rank has every URL, then keys that cannot count, and why.
-# An error rolls nothing back: what Redis may refuse (for a missing right, no memory, read-only)
-# is done once to no effect before the number is recorded, and then nothing raises. A number seen
-# before adds nothing, but gets the same reply: the first one was lost.
+# Redis does not undo a script that fails half-way. So everything that it may refuse (no right, no
+# memory, read-only) is tried without effect before the number is recorded; then nothing raises.
+# A number that was seen before adds nothing, but gets the same reply: the first one was lost.
 COMMIT = """
 local urls, total = redis.call('ZCARD', KEYS[2]), redis.call('GET', KEYS[3])
 local whole = redis.call('GET', KEYS[4]) == '1' and (urls > 0 or total == '0')
 local seen, sequence = tonumber(redis.call('GET', KEYS[1]) or 0), tonumber(ARGV[1])
-if #KEYS > 5 or sequence == 0 or sequence > seen then
+if #KEYS > 5 or sequence == 0 or sequence > seen then  -- not for a mere question
   redis.call('SET', KEYS[1], seen, 'EX', 86400)
   redis.call('ZADD', KEYS[2], 'XX', 0, '')
   redis.call('ZSCORE', KEYS[2], '')
@@ -139,7 +138,7 @@ if #KEYS > 5 or sequence == 0 or sequence > seen then
   if urls == 0 and total ~= '0' then redis.call('SET', KEYS[3], 0) end
   if not whole then redis.call('SET', KEYS[4], 0) end
 end
-local prefix, room, added, reply = #KEYS[5] - #'(other)', ARGV[2] - urls, 0, {whole and 1 or 0}
+local prefix, room, added, reply = #'url_count:', ARGV[2] - urls, 0, {whole and 1 or 0}
 for i = 6, #KEYS do  -- the hits of KEYS[6] are ARGV[3]
   local key, hits = KEYS[i], sequence > seen and ARGV[i - 3] or 0
   local new = room < #KEYS and redis.call('EXISTS', key) == 0
@@ -163,10 +162,10 @@ class RedisStore:
 
     def __init__(self, url: str, max_urls: int) -> None:
         # RESP2: with RESP3 the pool hands out connections that Redis has closed (redis-py #4252).
-        url.index("://")  # else redis-py takes the host to be localhost
+        url.index("://")  # a ValueError; redis-py would take the host to be localhost
         pool = BlockingConnectionPool.from_url(url, max_connections=16, timeout=1, protocol=2)
         limits = {"socket_timeout": 1, "socket_connect_timeout": 1}
-        pool.connection_kwargs |= {"decode_responses": False} | limits  # whatever the url says
+        pool.connection_kwargs |= {"protocol": 2, "decode_responses": False} | limits
         self.redis = Redis.from_pool(pool)
         # Commits have a connection of their own: no crowd of readers holds one up, and without the
         # client around it a commit takes half the CPU time. Who uses it sets the time limit.
@@ -191,22 +190,20 @@ class RedisStore:
             self.script = await self.call("SCRIPT", "LOAD", COMMIT)
             whole = await self.commit(0, {})
         cursor, pages = b"0", 0
-        while (
-            not whole
-        ):  # commit 0 hits to each URL: if others do so too or we die, no harm is done
+        while not whole:  # commits of 0 hits: no harm if another server does it too, or if we die
             async with asyncio.timeout(60):
                 scan = ("MATCH", "url_count:*", "COUNT", PAGE, "TYPE", "string")
                 cursor, keys = await self.call("SCAN", cursor, *scan)
                 urls = [key[len("url_count:") :].decode(errors="surrogateescape") for key in keys]
                 await self.commit(0, dict.fromkeys(urls, 0))
                 pages, whole = pages + 1, cursor == b"0"
-                if pages % 100 == 0 or (whole and urls):
+                if pages % 100 == 0 or (whole and pages + len(urls) > 1):
                     log.info("indexing counts", pages=pages, done=whole)
                 if whole:
                     await self.call("SET", "url_schema", 1)
 
     async def commit(self, sequence: int, hits: Mapping[str, int]) -> bool:
-        """Add hits {url: n}, but once under each sequence (0: never). Is url_rank complete?"""
+        """Add hits {url: n}, unless this sequence was added before or is 0. Is url_rank whole?"""
         urls = [f"url_count:{url}".encode(errors="surrogateescape") for url in hits]
         keys = (f"url_commit:{self.instance}", *SHARED, *urls)
         arguments = (sequence, self.max_urls, *hits.values())
@@ -277,8 +274,8 @@ class MemoryStore:
 # server commits at once, a busy one in rounds that grow with the load (DeWitt et al., SIGMOD 1984).
 
 Store = RedisStore | MemoryStore
-PATIENCE = 1.0  # seconds for a round: that long requests wait for it
-MAX_PATIENCE = 8.0  # seconds for an attempt that no request waits for
+PATIENCE = 1.0  # seconds that a round may take: requests wait for it
+MAX_PATIENCE = 8.0  # seconds that an attempt may take while no request waits
 MAX_BACKLOG, MAX_BACKLOG_BYTES = 100_000, 64 * 2**20  # URLs held while the store is away
 RETRY_AFTER = {"Retry-After": "1"}
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)  # seconds
@@ -289,10 +286,10 @@ UP = prometheus.Gauge("redis_up", "1 while the store answers", multiprocess_mode
 
 
 class GroupCommit:
-    """Counts every hit in a store exactly once, from its making to aclose()."""
+    """Counts every hit in a store exactly once, until aclose()."""
 
     def __init__(self, store: Store, away: str) -> None:
-        self.store, self.away = store, away  # why the store does not answer; "" while it does
+        self.store, self.away = store, away  # "" while the store answers, else why it does not
         self.held: dict[str, int] = {}  # hits of each URL, not sent
         self.sent: dict[str, int] = {}  # sent under this sequence, not confirmed: perhaps applied
         self.sequence, self.size = 1, 0  # size: bytes of what is held, while the store is away
@@ -305,7 +302,7 @@ class GroupCommit:
         return sum(self.held.values()) + sum(self.sent.values())
 
     def hit(self, url: str) -> asyncio.Future[None]:
-        """Count one request: done when that is in the store, or at once while the store is away."""
+        """Count one request. Done when the hit is in the store; while that is away, at once."""
         if url not in self.held:
             full = len(self.held) + len(self.sent) >= MAX_BACKLOG or self.size >= MAX_BACKLOG_BYTES
             if self.away and full and url not in self.sent:
@@ -317,7 +314,7 @@ class GroupCommit:
                 self.wake.set()
             self.held[url] = 0
         self.held[url] += 1
-        waiter = self.loop.create_future()  # one each: who cancels it, cancels no other
+        waiter = self.loop.create_future()  # one a request, so cancelling it leaves the others
         if self.away:
             waiter.set_result(None)
         else:
@@ -331,15 +328,15 @@ class GroupCommit:
             if self.away:
                 await self.outlast()
             if not self.held:
-                timer = self.loop.call_later(1, self.wake.set)  # an idle server asks its store, too
+                timer = self.loop.call_later(1, self.wake.set)  # to ask an idle store how it is
                 await self.wake.wait()
                 timer.cancel()
             self.wake.clear()
-            waiters, self.waiters, urls = self.waiters, [], len(self.held) or 1
+            waiters, self.waiters, owed = self.waiters, [], len(self.held) or 1
             try:
                 async with asyncio.timeout(PATIENCE):
-                    while urls > 0:
-                        urls -= len(await self.commit()) or 1
+                    while owed > 0:
+                        owed -= len(await self.commit()) or 1
             except Exception as error:  # whatever it is, no hit may be lost
                 self.away = str(error) or NO_ANSWER
                 waiters, self.waiters = waiters + self.waiters, []  # from now on nobody waits
@@ -349,7 +346,7 @@ class GroupCommit:
             PENDING.set(self.pending)
 
     async def outlast(self) -> None:
-        """Hold hits until the store is back, quick, and has nearly all of them."""
+        """Hold hits until the store answers quickly and has all but a page of them."""
         log.error("redis is away, hits are held", error=self.away)
         lost, patience, n = self.loop.time(), PATIENCE, 0
         while self.away:
@@ -369,7 +366,7 @@ class GroupCommit:
         log.info("redis is back", hits=n + self.pending, seconds=round(self.loop.time() - lost, 1))
 
     async def commit(self) -> dict[str, int]:
-        """Send the next slice, or the unconfirmed one again. None is a question: is it there?"""
+        """Send the next slice, or the unconfirmed one again; without hits, ask how the store is."""
         if not self.sent:
             self.sent = self.slice()
             self.sequence += bool(self.sent)
@@ -380,7 +377,7 @@ class GroupCommit:
         return sent
 
     def slice(self) -> dict[str, int]:
-        """Take the oldest hits, 100 kB at most: neither Redis nor a slow link feels them."""
+        """Take the oldest hits, 100,000 characters at most: a slow link must get them through."""
         urls = list(islice(self.held, PAGE))
         fit = 100_000 // max(map(len, urls), default=1)
         return {url: self.held.pop(url) for url in urls[:fit]}
@@ -453,7 +450,7 @@ def summary(ms: list[float]) -> dict[str, float]:
 
 NOSNIFF = {"X-Content-Type-Options": "nosniff"}
 HEADERS = NOSNIFF | {"Content-Type": "application/json"}
-UNUSABLE = (redis.RedisError, ValueError, OverflowError)  # the last two: "x" or "inf" for a count
+UNUSABLE = (redis.RedisError, ValueError, OverflowError)  # the last two: a count is "x" or "inf"
 NOT_HERE = "nothing is here: paths that start with /api/ are counted, /stats/ lists the counts"
 SETTINGS = web.AppKey("settings", argparse.Namespace)
 COMMITS = web.AppKey("commits", GroupCommit)
@@ -499,7 +496,9 @@ def answer(data: object, status: int = 200, headers: Mapping[str, str] = HEADERS
 
 async def api(request: web.Request) -> web.Response:
     # Not json.dumps(), which takes longer to find the encoder than to encode.
-    return web.Response(body=f'{{"url": {quote(request[COUNTED])}}}\n'.encode(), headers=HEADERS)
+    return web.Response(
+        body=f'{{"url": {json_string(request[COUNTED])}}}\n'.encode(), headers=HEADERS
+    )
 
 
 async def stats(request: web.Request) -> web.Response:
@@ -516,7 +515,7 @@ async def json_list(rows: Rows, pages: AsyncIterator[Rows]) -> AsyncIterator[byt
     """The list page by page, in flat memory; if it raises, aiohttp breaks the connection off."""
     opening = "["
     while rows:
-        page = ", ".join(f'{{"count": {hits}, "url": {quote(url)}}}' for url, hits in rows)
+        page = ", ".join(f'{{"count": {hits}, "url": {json_string(url)}}}' for url, hits in rows)
         yield (opening + page).encode()
         opening, rows = ", ", await anext(pages, [])
     yield b"[]\n" if opening == "[" else b"]\n"
@@ -612,7 +611,7 @@ ROUTE_OF = {route.handler: label for route, label in ROUTES}
 
 
 async def connect(settings: argparse.Namespace, managed: bool) -> tuple[Store, str]:
-    """A store, and why it does not answer yet, "" if it does. Exits if it must not start."""
+    """A store, and why it does not answer yet, or "". Exits where counting may not start."""
     url = settings.redis_url or DEFAULT_REDIS_URL
     store, shown = RedisStore(url, settings.max_urls), PASSWORD.sub("***", url)
     try:
@@ -622,16 +621,16 @@ async def connect(settings: argparse.Namespace, managed: bool) -> tuple[Store, s
         if settings.redis_url and managed:
             return store, reason
         await store.aclose()
-        refused = type(error) not in (TimeoutError, redis.ConnectionError)  # a wrong password, say
-        if settings.redis_url or managed or refused:
+        answered = type(error) not in (TimeoutError, redis.ConnectionError)  # "wrong password", say
+        if settings.redis_url or managed or answered:
             sys.exit(f"server.py: REDIS_URL={shown}: {reason}")
         log.warning("no redis, counts are lost on exit", error=reason)
         return MemoryStore(settings.max_urls), ""
     log.info("counting in redis", redis=shown)
     with suppress(redis.RedisError):  # some forbid the question
         safety = await store.redis.config_get("appendonly", "appendfsync", "maxmemory-policy")
-        if "no" in safety.values() or safety["maxmemory-policy"] != "noeviction":
-            mend = "CONFIG SET appendonly yes maxmemory-policy noeviction"
+        if "no" in safety.values() or safety.get("maxmemory-policy", "noeviction") != "noeviction":
+            mend = "CONFIG SET appendonly yes appendfsync everysec maxmemory-policy noeviction"
             log.warning("redis can lose or evict counts", mend=mend, **cast(dict[str, str], safety))
     return store, ""
 
@@ -648,8 +647,8 @@ async def stop_test_run(app: web.Application) -> None:
     app[STOPPING].set()
 
 
-# The access log would cost as much as counting does; running requests have twice 1.5 s to end;
-# nobody reads a body, so none is inflated.
+# The access log would cost as much as counting does. aiohttp gives running requests this time-out
+# twice. Nobody reads a body, so none is inflated.
 SERVING: dict[str, Any] = {"access_log": None, "shutdown_timeout": 1.5, "auto_decompress": False}
 
 
@@ -671,8 +670,9 @@ def configure_logging() -> None:
     console = structlog.dev.ConsoleRenderer(exception_formatter=show)
     render = console if sys.stderr.isatty() else steps.JSONRenderer()
     chain = (steps.add_log_level, steps.TimeStamper("iso"), steps.format_exc_info, render)
-    structlog.configure(chain, logger_factory=structlog.WriteLoggerFactory(sys.stderr))
-    # Its errors are clients' (bytes that are not HTTP), a traceback each; ours never get that far.
+    structlog.configure(chain, logger_factory=structlog.stdlib.LoggerFactory())
+    logging.basicConfig(format="%(message)s", level=logging.INFO)  # survives a full disk
+    # Its errors are mostly clients' (bytes that are not HTTP), with a traceback each.
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
 
 
@@ -683,7 +683,7 @@ def end_on_signals(loop: asyncio.AbstractEventLoop) -> None:
         for number in ends:
             loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_IGN)
-        signal.alarm(8)  # all is saved by then, but a thread may hang, in a slow name server say
+        signal.alarm(8)  # by then all is saved, but a thread may still wait for a name server
         raise web.GracefulExit
 
     with suppress(AttributeError, NotImplementedError):  # Windows has Ctrl-C only

@@ -5,6 +5,8 @@ Nothing here sleeps and hopes: what takes time is polled for. No Redis but our o
 
 import asyncio
 import contextlib
+import gzip
+import io
 import json
 import math
 import os
@@ -30,7 +32,7 @@ from typing import Any, Literal
 import hypothesis
 import pytest
 import redis
-from aiohttp import ClientError, ClientSession, web
+from aiohttp import ClientError, ClientSession, TCPConnector, UnixConnector, web
 from aiohttp.test_utils import TestClient
 from hypothesis import strategies as st
 from playwright.async_api import ConsoleMessage, Page, async_playwright, expect
@@ -74,11 +76,11 @@ def wait_for(condition: Callable[[], object], seconds: float = 10) -> None:
 class RedisServer:
     """A redis-server of our own, on its own port and folder; a confirmed write is on disk."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *options: str) -> None:
         self.folder, self.port = folder, free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.client: Any = redis.Redis.from_url(self.url, protocol=2, decode_responses=True)
-        self.start()
+        self.start(*options)
 
     def start(self, *options: str) -> None:
         if not shutil.which("redis-server"):
@@ -930,6 +932,8 @@ class Proxy:
         self.redis_port, self.port = redis_port, 0
         self.swallow = 0  # replies to commits still to be dropped, and their line cut
         self.delay = 0  # commits still to be held back while their line is cut
+        self.latency = 0.0  # seconds that each reply takes longer
+        self.rate = 10**9  # bytes a second to Redis
         self.late: list[tuple[bytes, asyncio.StreamWriter]] = []
         self.writers: set[asyncio.StreamWriter] = set()
         self.tasks: set[asyncio.Task[None]] = set()
@@ -967,6 +971,7 @@ class Proxy:
                 if commit and self.swallow:
                     self.swallow -= 1
                     dropping.set()
+                await asyncio.sleep(len(data) / self.rate)
                 to_redis.write(data)
         back.cancel()
         writer.close()
@@ -977,6 +982,7 @@ class Proxy:
     ) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(1 << 20):
+                await asyncio.sleep(self.latency)
                 if dropping.is_set():
                     break
                 writer.write(data)
@@ -1185,12 +1191,14 @@ FAULTS = [
 async def rig_of(tmp_path: Path) -> AsyncIterator[StartRig]:
     async with contextlib.AsyncExitStack() as stack:
 
-        async def start(code: str = "", **env: str) -> Rig:
+        async def start(code: str = "", user: str = "", **env: str) -> Rig:
             redis_server = RedisServer(tmp_path)
+            limit(redis_server.client)
             stack.callback(redis_server.client.close)
             stack.callback(redis_server.kill)
             proxy = await stack.enter_async_context(Proxy(redis_server.port))
-            url = f"redis://127.0.0.1:{proxy.port}/0"
+            login = f"{user}:x@" if user else ""
+            url = f"redis://{login}127.0.0.1:{proxy.port}/0"
             process = Server(tmp_path / "log", url, code=code, **env)
             stack.callback(process.__exit__)
             await until(process.serves)
@@ -1458,6 +1466,387 @@ async def test_a_long_outage_does_not_grow_memory_beyond_the_backlog(rig_of: Sta
     assert grown < 2048, f"{grown} KiB"
 
 
+# --- What Redis may not do ------------------------------------------------------------------------
+# No way through the script in which a hit neither counts nor is reported.
+
+NEEDED = ["get", "set", "incrby", "exists", "zcard", "zscore", "zadd", "evalsha", "script"]
+
+
+def limit(client: Any, *rights: str) -> None:
+    client.execute_command("ACL", "SETUSER", "bob", "reset", "on", ">x", "~*", "+@all", *rights)
+
+
+@pytest.mark.parametrize("right", [*NEEDED, "del", "flushall", "config", "keys"])
+def test_a_missing_right_ends_the_start_or_costs_no_hit(
+    tmp_path: Path, redis_server: RedisServer, right: str
+) -> None:
+    limit(redis_server.client, f"-{right}")
+    with Server(tmp_path / "log", redis_server.url.replace("//", "//bob:x@")) as process:
+        if right in NEEDED:
+            assert process.process.wait(timeout=10) == 1
+            (line,) = process.log.read_text().splitlines()
+            assert "REDIS_URL=redis://***@" in line
+            assert re.search("permission|can't run", line)
+        else:
+            for n in range(50):
+                talk(process, b"GET /api/%d/ HTTP/1.0\r\n\r\n" % (n % 7))
+            assert process.stop() == 0
+            assert sum(redis_server.counts().values()) == 50
+            redis_server.check_index()
+
+
+@pytest.mark.parametrize("right", NEEDED[:-1])
+async def test_a_right_lost_under_load_costs_no_hit(rig_of: StartRig, right: str) -> None:
+    rig = await rig_of(user="bob")
+    async with rig.load:
+        limit(rig.redis.client, f"-{right}")
+        await until(lambda: "redis is away" in rig.server.log.read_text())
+        await rig.load.more(300)
+        limit(rig.redis.client)
+        await until(lambda: "redis is back" in rig.server.log.read_text())
+    await settled(rig.server)
+    assert report(f"right to {right} lost", rig) == (0, 0, 0)
+    rig.redis.check_index()
+
+
+def test_a_redis_without_del_counts(tmp_path: Path) -> None:
+    own = RedisServer(tmp_path, "--rename-command", "DEL", "")
+    with Server(tmp_path / "log", own.url) as process:
+        for _ in range(50):
+            talk(process, b"GET /api/a/ HTTP/1.0\r\n\r\n")
+        assert process.stop() == 0
+    assert own.counts() == {"/api/a/": 50}
+    own.client.close()
+    own.kill()
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "path"),
+    [
+        ("url_total", "text", "/health"),
+        ("url_rank", "inf", "/stats/"),
+        ("url_rank", "inf", "/stats/api/a/"),
+    ],
+)
+async def test_an_index_that_holds_no_number_is_a_503(
+    aiohttp_client: MakeClient, redis_server: RedisServer, key: str, kind: str, path: str
+) -> None:
+    client = await aiohttp_client(await app_of(redis_server.url))
+    await hit(client, a=1)
+    if kind == "text":
+        redis_server.client.set(key, "many")
+    else:
+        redis_server.client.zadd(key, {"/api/a/": kind})
+    status, answer = await get(client, path)
+    assert (status, bool(answer)) == (503, True)
+
+
+# --- Slow, not away -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("latency", "outages"), [(0.7, 0), (1.5, 1)])
+async def test_a_slow_redis_does_not_flap(rig_of: StartRig, latency: float, outages: int) -> None:
+    """One that takes longer than a request may wait is away until it is quick again."""
+    rig = await rig_of()
+    async with rig.load:
+        rig.proxy.latency = latency
+        await asyncio.sleep(5)
+        rig.proxy.latency = 0
+        await rig.load.more(200)
+    await settled(rig.server)
+    assert report(f"replies take {latency} s", rig) == (0, 0, 0)
+    assert rig.server.log.read_text().count("redis is away") == outages
+    rig.redis.check_index()
+
+
+async def test_long_urls_come_through_a_slow_link(rig_of: StartRig) -> None:
+    """A thousand of them at once would never fit in the seconds that an attempt may take."""
+    rig = await rig_of()
+    rig.redis.kill()
+    async with ClientSession(rig.server.base) as session:
+        paths = [f"/api/{n:04}{'x' * 2000}/" for n in range(2000)]
+        for start in range(0, len(paths), 100):
+            await asyncio.gather(*(session.get(path) for path in paths[start : start + 100]))
+    rig.proxy.rate = 1_000_000
+    await asyncio.to_thread(rig.redis.start)
+    await asyncio.wait_for(settled(rig.server), 30)
+    assert rig.redis.counts() == dict.fromkeys(paths, 1)
+
+
+async def test_a_start_waits_for_a_busy_redis(tmp_path: Path, redis_server: RedisServer) -> None:
+    counts = seed_old_counts(redis_server, 100)
+    busy = asyncio.to_thread(redis_server.client.execute_command, "DEBUG", "SLEEP", 3)
+    task = asyncio.create_task(busy)
+    await asyncio.sleep(0.2)
+    with Server(tmp_path / "log", redis_server.url) as process:
+        assert (await settled(process))["hits"] == sum(counts.values())
+        await task
+
+
+@pytest.mark.parametrize("paused", ["at start", "later"])
+async def test_a_redis_that_hangs_is_called_that(
+    rig_of: StartRig, tmp_path: Path, paused: str
+) -> None:
+    rig = await rig_of()
+    rig.redis.process.send_signal(signal.SIGSTOP)
+    try:
+        if paused == "later":
+            async with ClientSession(rig.server.base) as session:
+                await session.get("/api/a/")
+                assert (await get_health(session))["error"] == "no answer in time"
+        else:
+            hasty = "import server; server.MAX_PATIENCE = 2; server.main()"
+            with Server(tmp_path / "other", rig.redis.url, code=hasty) as process:
+                assert await asyncio.to_thread(process.process.wait, 15) == 1
+            assert "no answer in time" in process.log.read_text()
+    finally:
+        rig.redis.process.send_signal(signal.SIGCONT)
+
+
+# --- Crowds ---------------------------------------------------------------------------------------
+
+
+async def test_100_readers_of_whole_lists_starve_nobody(rig_of: StartRig) -> None:
+    """Not each other, not /health, not the commits; also when Redis forgets the script."""
+    rig, statuses = await rig_of(), Counter[int]()
+    seed_old_counts(rig.redis, 20_000)
+    rig.redis.client.delete("url_rank", "url_total")
+    rig.redis.client.script_flush()  # so the server opens the store again, and indexes
+    waits: list[float] = []
+
+    async def read() -> None:
+        while time.monotonic() < end:
+            async with session.get("/stats/") as response:
+                statuses[response.status] += 1
+                await response.read()
+
+    async with ClientSession(rig.server.base, connector=TCPConnector(limit=0)) as session:
+        await session.get("/api/0/")
+        await until(lambda: "indexing" in rig.server.log.read_text())
+        end = time.monotonic() + 4
+        readers = [asyncio.create_task(read()) for _ in range(100)]
+        rig.redis.client.script_flush()
+        while time.monotonic() < end:
+            started = time.monotonic()
+            async with session.get("/health") as response:
+                statuses[response.status] += 1
+            async with session.get("/api/0/") as response:
+                statuses[response.status] += 1
+            waits.append(time.monotonic() - started)
+            await asyncio.sleep(0.05)
+        await asyncio.gather(*readers)
+    print(f"/health and a hit beside 100 lists: {max(waits):.2f} s at most")
+    assert set(statuses) == {200}
+    assert max(waits) < 1
+    assert rig.server.events()[-1]["event"] in ("redis is back", "indexing counts")
+
+
+async def test_a_body_that_nobody_reads_is_not_inflated(victim: Server) -> None:
+    bomb = gzip.compress(bytes(500_000_000), 1)
+    headers = {"Content-Encoding": "gzip"}
+    async with ClientSession(victim.base) as session:
+        posts = [session.post("/api/a/", data=io.BytesIO(bomb), headers=headers) for _ in range(3)]
+        bombs = [asyncio.create_task(post) for post in posts]
+        async with Load(victim.port) as load:
+            await load.more(500)
+        assert {response.status for response in await asyncio.gather(*bombs)} == {200}
+    assert load.slowest < 1
+
+
+async def test_the_backlog_is_bounded_in_bytes_too(rig_of: StartRig) -> None:
+    rig = await rig_of("import server; server.MAX_BACKLOG_BYTES = 10**6; server.main()")
+    rig.redis.kill()
+    statuses = Counter[int]()
+    snakes = "🐍" * 500  # 2 kB in memory
+    async with ClientSession(rig.server.base) as session:
+        for n in range(100, 800):
+            async with session.get(URL(f"/api/{n}{snakes}/")) as response:
+                statuses[response.status] += 1
+    assert abs(statuses[200] - 10**6 // sys.getsizeof(f"/api/100{snakes}/")) <= 2
+    assert statuses[503] == 700 - statuses[200]
+    assert await asyncio.to_thread(rig.server.stop) == 0
+    held, sent, _ = uncommitted(rig.server)
+    assert (held + sent).total() == statuses[200]
+
+
+# --- Signals --------------------------------------------------------------------------------------
+
+
+async def test_a_signal_while_counts_are_taken_over_ends_the_start(
+    tmp_path: Path, redis_server: RedisServer
+) -> None:
+    seed_old_counts(redis_server, 30_000)
+    for n in range(8):
+        redis_server.client.delete("url_rank")
+        process = Server(tmp_path / f"log{n}", redis_server.url)
+        while redis_server.client.zcard("url_rank") <= 1000 * n:
+            await asyncio.sleep(0.001)
+        started = time.monotonic()
+        process.process.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(process.process.wait, 10) == 0
+        assert time.monotonic() - started < 2
+        assert "Traceback" not in process.log.read_text()
+
+
+def test_a_containers_first_process_heeds_a_signal_before_it_serves(tmp_path: Path) -> None:
+    """There SIGTERM has no default action, so it must be handled before the slow imports."""
+    code = "import sys, time; sys.argv = ['server.py']; exec(open('server.py').read())"
+    run = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-c", code]
+    if subprocess.run(["unshare", "--pid", "--fork", "true"], capture_output=True).returncode:
+        missing("the right to unshare")
+    process = subprocess.Popen(run, cwd=HERE, env={"PORT": "0", "REDIS_URL": NO_REDIS})
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+
+    def first() -> int:
+        found = children.read_text().split()
+        return int(found[0]) if found else 0
+
+    wait_for(first)
+    status = Path(f"/proc/{first()}/status")
+    caught = 1 << (signal.SIGTERM - 1)
+    wait_for(lambda: int(re.search(r"SigCgt:\s+(\w+)", status.read_text())[1], 16) & caught)  # type: ignore[index]
+    os.kill(first(), signal.SIGTERM)
+    assert process.wait(timeout=2) == 0
+
+
+async def test_a_closed_terminal_loses_no_held_hit(rig_of: StartRig) -> None:
+    rig = await rig_of()
+    rig.redis.kill()
+    async with ClientSession(rig.server.base) as session:
+        await session.get("/api/a/")
+    assert await asyncio.to_thread(rig.server.stop, signal.SIGHUP) == 0
+    held, sent, _ = uncommitted(rig.server)
+    assert held + sent == {"/api/a/": 1}
+
+
+def test_an_old_python_is_told_so() -> None:
+    code = "import sys, runpy; sys.version_info = (3, 10); runpy.run_path('server.py')"
+    run = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (1, "server.py: Python 3.11 or newer is needed\n")
+
+
+# --- Under a process manager ----------------------------------------------------------------------
+
+
+def gunicorn(workers: int) -> str:
+    return f"""
+import os, sys; from gunicorn.app.wsgiapp import run
+sys.argv = ['gunicorn', '-w{workers}', '-kaiohttp.GunicornUVLoopWebWorker', '--no-control-socket',
+    '-b127.0.0.1:' + os.environ['PORT'], 'server:create_app']
+print('started'); run()
+"""
+
+
+def workers_of(process: Server) -> set[str]:
+    pid = process.process.pid
+    return set(Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+
+
+async def serving(process: Server) -> None:
+    """Until a worker answers, be it with 503."""
+    async with ClientSession(process.base) as session:
+        while True:
+            with contextlib.suppress(ClientError):
+                await (await session.get("/health")).read()
+                return
+            await asyncio.sleep(0.05)
+
+
+async def test_a_worker_told_to_stop_while_redis_is_away_says_what_it_held(
+    rig_of: StartRig,
+) -> None:
+    """Also if a client does not read its list: aiohttp's own worker would wait 57 s for it."""
+    rig = await rig_of(gunicorn(1))
+    seed_old_counts(rig.redis, 100_000)
+    rig.redis.client.delete("url_total")
+    rig.redis.client.script_flush()
+    await serving(rig.server)
+    async with rig.load:
+        await until(lambda: rig.redis.client.zcard("url_rank") >= 100_000)
+    await settled(rig.server)
+    _, writer = await asyncio.open_connection("127.0.0.1", rig.server.port, limit=1000)
+    writer.write(b"GET /stats/ HTTP/1.1\r\nHost: x\r\n\r\n")
+    await asyncio.sleep(0.3)
+    rig.redis.kill()
+    async with ClientSession(rig.server.base) as session:
+        for n in range(300):
+            await session.get(f"/api/{n}/")
+    started = time.monotonic()
+    assert await asyncio.to_thread(rig.server.stop) == 0
+    assert time.monotonic() - started < 9
+    writer.close()
+    lines = [json.loads(line) for line in rig.server.log.read_text().splitlines() if "{" in line]
+    lost = [event for event in lines if event["event"] == "hits not committed"]
+    assert sum(event["hits"] for event in lost) == 300
+
+
+async def test_a_worker_replaced_while_redis_is_away_waits_for_it(rig_of: StartRig) -> None:
+    rig = await rig_of(gunicorn(2))
+    await serving(rig.server)
+    async with rig.load:
+        await rig.load.more(200)
+    rig.redis.kill()
+    before = workers_of(rig.server)
+    for pid in before:  # they hold nothing: all that was answered is in Redis
+        os.kill(int(pid), signal.SIGKILL)
+    await until(lambda: len(workers_of(rig.server) - before) == 2)
+    await serving(rig.server)
+    load = Load(rig.server.port)
+    async with load:
+        await load.more(500)
+        await asyncio.to_thread(rig.redis.start)
+        await load.more(500)
+    rig.load.answered += load.answered
+    rig.load.failed += load.failed
+    await until(lambda: sum(rig.redis.counts().values()) >= rig.load.answered.total())
+    assert await asyncio.to_thread(rig.server.stop) == 0
+    rig.load.unknown += load.unknown
+    assert report("workers replaced, Redis away", rig) == (0, 0, 0)
+    assert "failed to boot" not in rig.server.log.read_text()
+    rig.redis.check_index()
+
+
+def test_under_a_process_manager_no_process_counts_in_its_own_memory(tmp_path: Path) -> None:
+    code = f"import server; server.DEFAULT_REDIS_URL = {NO_REDIS!r}"
+    with Server(tmp_path / "log", code=code + gunicorn(2)) as process:
+        wait_for(lambda: "Error 111" in process.log.read_text())
+        process.process.terminate()
+        process.process.wait(timeout=10)
+    said = process.log.read_text()
+    assert f"server.py: REDIS_URL={NO_REDIS}: Error 111" in said
+    assert "counts are lost" not in said
+    assert "Traceback" not in said
+
+
+# --- Redis at other addresses ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", ["?decode_responses=true", "?protocol=3", "?socket_timeout=9&retry_on_timeout=true"]
+)
+async def test_options_in_redis_url_break_nothing(
+    aiohttp_client: MakeClient, redis_server: RedisServer, options: str
+) -> None:
+    client = await aiohttp_client(await app_of(redis_server.url + options))
+    await hit(client, a=2, b=1)
+    assert await stats(client) == {"/api/a/": 2, "/api/b/": 1}
+    assert (await get(client, "/stats/api/a/"))[0] == 200
+
+
+async def test_a_test_run_by_a_unix_socket_is_refused(tmp_path: Path, no_local_redis: None) -> None:
+    runner = web.AppRunner(await app_of())
+    await runner.setup()
+    await web.UnixSite(runner, str(tmp_path / "sock")).start()
+    connector = UnixConnector(str(tmp_path / "sock"))
+    async with ClientSession("http://x", connector=connector) as session:
+        async with session.post("/test/5/") as response:
+            assert response.status == 400
+            assert "TCP port" in (await response.json())["error"]
+        async with session.get("/api/a/") as response:
+            assert response.status == 200
+    await runner.cleanup()
+
+
 # --- Bad input ------------------------------------------------------------------------------------
 
 
@@ -1706,6 +2095,38 @@ def test_logs_on_a_terminal_are_for_people() -> None:
     os.close(terminal)
     line = re.sub(r"\x1b\[\d*m", "", said.decode())
     assert re.search(r"\[info +\] started +page=http://127\.0\.0\.1:\d+", line)
+
+
+async def test_a_log_that_cannot_be_written_costs_no_hit(tmp_path: Path) -> None:
+    """As on a full disk: the reader of the pipe has gone."""
+    own = RedisServer(tmp_path)
+    env = {"PORT": str(free_port()), "REDIS_URL": own.url}
+    end, stderr = os.pipe()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "server.py", cwd=HERE, env=env, stderr=stderr
+    )
+    os.close(stderr)
+    os.close(end)
+    async with ClientSession(f"http://127.0.0.1:{env['PORT']}") as session:
+
+        async def answers() -> bool:
+            with contextlib.suppress(ClientError):
+                return (await session.get("/health")).status == 200
+            return False
+
+        while not await answers():
+            await asyncio.sleep(0.05)
+        own.kill()
+        await session.get("/api/a/")
+        await asyncio.to_thread(own.start)
+        while not await answers():
+            await asyncio.sleep(0.05)
+        await session.get("/api/a/")
+    assert own.counts() == {"/api/a/": 2}
+    process.terminate()
+    assert await asyncio.wait_for(process.wait(), 10) in (0, 120)  # Python's for a lost stderr
+    own.client.close()
+    own.kill()
 
 
 # --- The live page, in a real browser -------------------------------------------------------------
