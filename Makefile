@@ -27,7 +27,8 @@ soak: $(VENV)/dev redis-server  ## ten minutes of random faults under load
 picture: $(VENV)/dev  ## take the picture of the live page again (needs chromium)
 	PICTURES=docs $(VENV)/bin/python -m pytest -m picture -k page
 
-bench: $(VENV)/dev redis-server wrk  ## measure every number in the README (QUICK=1: in a minute)
+bench:  ## measure every number in the docs (QUICK=1: in a minute, for a glance)
+	@$(MAKE) --no-print-directory $(VENV)/dev redis-server wrk >&2
 	@$(VENV)/bin/python bench.py
 
 lint: $(VENV)/dev  ## check style and types

@@ -1,99 +1,91 @@
-"""Every number in the README, measured again: `make bench`, or QUICK=1 for a glance in a minute.
+"""Measures docs/benchmarks.md: `make bench > docs/benchmarks.md`, or QUICK=1 for a glance.
 
-    python bench.py [--quick]                  markdown to stdout, progress to stderr
-    python bench.py serve NAME PORT REDIS_URL  one of the servers that this one is compared with
-
-It needs wrk and redis-server; the Redis is its own, on a free port, in a temporary folder. Machines
-are noisy, so all servers are up at once and measured in turns, round after round; and two processes
-of one program can be 10 % apart, so every round starts new ones. A number is the median of its
-rounds, a ratio that of two medians.
+It needs Linux, wrk and redis-server; the Redis is its own, on a free port. Machines are noisy, so
+all servers are up at once and measured in turns; and two processes of one program can be 10 %
+apart, so each round starts new ones.
 """
 
-import json
 import os
-import platform
 import re
-import shutil
 import signal
 import socket
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from datetime import date
-from http.client import HTTPConnection, HTTPException
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
+from http.client import HTTPConnection
+from importlib.metadata import version
 from itertools import product
+from json import loads
+from json.encoder import encode_basestring_ascii as quote
 from pathlib import Path
+from platform import python_version
 from random import Random
+from shlex import split
 from statistics import median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from subprocess import PIPE, Popen, run
+from tempfile import NamedTemporaryFile, TemporaryFile
+from timeit import repeat
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from aiohttp import web
-    from flask import Flask, Response
-    from redis import Redis
-
-HERE = Path(__file__).resolve().parent
-HOST = "127.0.0.1"
-NOSNIFF = {"X-Content-Type-Options": "nosniff"}
+HERE, HOST = Path(__file__).resolve().parent, "127.0.0.1"
 PACKAGES = ("aiohttp", "redis", "uvloop", "fastapi", "uvicorn", "httptools", "Flask", "gunicorn")
+QUICK = os.environ.get("QUICK", "0") not in ("", "0")
+ROUNDS = 1 if QUICK else 10
+MANY = 10_000 if QUICK else 1_000_000  # URLs, where they are many
+say = partial(print, file=sys.stderr, flush=True)
 
 # --- The servers compared -------------------------------------------------------------------------
 # One process each, of this interpreter, without access log, with the fastest parts that the
 # framework offers (uvloop, httptools, hiredis). Each imports its framework alone: what another one
-# keeps in memory would slow its garbage collector.
+# keeps in memory would slow its garbage collector. PORT and REDIS_URL are in the environment.
+
+THIS, PLAIN, INCR = "this server", "plain aiohttp", "aiohttp + INCR"
+SERVERS = {
+    THIS: "{python} server.py",
+    PLAIN: "{python} bench.py plain",
+    INCR: "{python} bench.py incr",
+    "FastAPI + uvicorn": "{python} -m uvicorn bench:fastapi_app --factory --host {host} "
+    "--port {port} --workers 1 --loop uvloop --http httptools --no-access-log",
+    "Flask + gunicorn": "{python} -m gunicorn 'bench:flask_app()' --bind {host}:{port} "
+    "--workers 1 --threads 8 --no-control-socket",
+}
+NAMES = list(SERVERS)
+REDIS = "redis-server --bind {host} --port {port} --save ''"
+NOSNIFF = {"X-Content-Type-Options": "nosniff"}
+HEADERS = NOSNIFF | {"Content-Type": "application/json"}
 
 
-def serve_plain(port: int, redis_url: str) -> None:
-    """The ceiling: the handler of server.py, and no counting."""
-    from json.encoder import encode_basestring_ascii as quote
-
-    from aiohttp import web
-
-    headers = NOSNIFF | {"Content-Type": "application/json"}
-
-    async def api(request: web.Request) -> web.Response:
-        path = request.path if request.path.endswith("/") else request.path + "/"
-        return web.Response(body=f'{{"url": {quote(path)}}}\n'.encode(), headers=headers)
-
-    run_aiohttp(api, port)
-
-
-def serve_incr(port: int, redis_url: str) -> None:
-    """The obvious way to count."""
+def serve_aiohttp(counting: bool) -> None:
+    import uvloop
     from aiohttp import web
     from redis.asyncio import Redis
 
-    redis = Redis.from_url(redis_url, protocol=2, max_connections=512)
+    redis = Redis.from_url(os.environ["REDIS_URL"], protocol=2, max_connections=512)
 
-    async def api(request: web.Request) -> web.Response:
+    async def plain(request: web.Request) -> web.Response:
+        """The ceiling: the handler of server.py, and no counting."""
+        path = request.path if request.path[-1] == "/" else request.path + "/"
+        return web.Response(body=f'{{"url": {quote(path)}}}\n'.encode(), headers=HEADERS)
+
+    async def incr(request: web.Request) -> web.Response:
+        """The obvious way to count."""
         await redis.incr(f"url_count:{request.path}")
         return web.json_response({"url": request.path}, headers=NOSNIFF)
 
-    run_aiohttp(api, port)
-
-
-def run_aiohttp(api: "Callable[[web.Request], Any]", port: int) -> None:
-    import uvloop
-    from aiohttp import web
-
-    app = web.Application()
-    app.router.add_get("/api/{_:.*}", api)
-    loop = uvloop.new_event_loop()
+    app, loop, port = web.Application(), uvloop.new_event_loop(), int(os.environ["PORT"])
+    app.router.add_get("/api/{_:.*}", incr if counting else plain)
     web.run_app(app, host=HOST, port=port, backlog=1024, access_log=None, print=None, loop=loop)
 
 
-def serve_fastapi(port: int, redis_url: str) -> None:
-    import uvicorn
+def fastapi_app() -> Any:
     from fastapi import FastAPI
     from fastapi.responses import JSONResponse
     from redis.asyncio import Redis
 
-    redis = Redis.from_url(redis_url, protocol=2, max_connections=512)
+    redis = Redis.from_url(os.environ["REDIS_URL"], protocol=2, max_connections=512)
     app = FastAPI()
 
     @app.get("/api/{path:path}")
@@ -101,144 +93,61 @@ def serve_fastapi(port: int, redis_url: str) -> None:
         await redis.incr(f"url_count:/api/{path}")
         return JSONResponse({"url": f"/api/{path}"}, headers=NOSNIFF)
 
-    uvicorn.run(app, host=HOST, port=port, loop="uvloop", http="httptools", access_log=False)
+    return app
 
 
-def serve_flask(port: int, redis_url: str) -> None:
-    command = [sys.executable, "-m", "gunicorn", "-w", "1", "--threads", "8", "--no-control-socket"]
-    command += [f"--chdir={HERE}", f"-b{HOST}:{port}", f"bench:flask_app('{redis_url}')"]
-    os.execv(sys.executable, command)
-
-
-def flask_app(redis_url: str) -> "Flask":
+def flask_app() -> Any:
     from flask import Flask, jsonify
     from redis import Redis
 
-    redis = Redis.from_url(redis_url, protocol=2)
+    redis = Redis.from_url(os.environ["REDIS_URL"], protocol=2)
     app = Flask(__name__)
 
     @app.get("/api/<path:path>")
-    def api(path: str) -> "tuple[Response, dict[str, str]]":
+    def api(path: str) -> Any:
         redis.incr(f"url_count:/api/{path}")
         return jsonify(url=f"/api/{path}"), NOSNIFF
 
     return app
 
 
-THIS, PLAIN, INCR = "this server", "plain aiohttp", "aiohttp + INCR"
-SERVE: dict[str, Callable[[int, str], None]] = {
-    PLAIN: serve_plain,
-    INCR: serve_incr,
-    "FastAPI + uvicorn": serve_fastapi,
-    "Flask + gunicorn": serve_flask,
-}
-NAMES = [THIS, *SERVE]
-
-
 # --- Processes ------------------------------------------------------------------------------------
 # What is started here is stopped here, on Ctrl-C too.
 
-
-class Process(NamedTuple):
-    pid: int
-    port: int
-
-
-class Plan(NamedTuple):
-    rounds: int
-    connections: tuple[int, ...]
-    url_sets: tuple[int, ...]  # distinct URLs requested
-    sizes: tuple[int, ...]  # URLs in Redis when the statistics are read
-
-
-FULL = Plan(9, (1, 64, 256), (1_000, 1_000_000), (1_000, 100_000, 1_000_000))
-QUICK = Plan(1, (1, 64), (1_000, 10_000), (1_000, 10_000))
-
-
-class Lab(NamedTuple):
-    """What every measurement needs."""
-
-    plan: Plan
-    folder: Path
-    redis: Process
-    client: "Redis"
-
-
-def say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+Server = tuple[int, int]  # process and port
 
 
 @contextmanager
-def running(command: list[str], port: int, folder: Path, path: str) -> Iterator[Process]:
-    """The process, once it answers GET path, or accepts connections if path is empty."""
-    log = folder / f"{port}.log"
-    with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out) as process:
+def started(command: str, redis_url: str = "") -> Iterator[Server]:
+    """A process, as soon as it listens on its port."""
+    with socket.create_server((HOST, 0)) as sock:
+        port = sock.getsockname()[1]  # a free one
+    words = split(command.format(python=sys.executable, host=HOST, port=port))
+    env = os.environ | {"HOST": HOST, "PORT": str(port), "REDIS_URL": redis_url}
+    with TemporaryFile("w+") as log, Popen(words, cwd=HERE, env=env, stdout=log, stderr=log) as it:
         try:
-            while not answers(port, path):
-                if process.poll() is not None:
-                    sys.exit(f"bench.py: {' '.join(command)}: {log.read_text()[-500:].strip()}")
+            while not listens(port):
+                if it.poll() is not None:
+                    log.seek(0)
+                    sys.exit(f"bench.py: {command}: {log.read().strip()}")
                 time.sleep(0.02)
-            yield Process(process.pid, port)
+            yield it.pid, port
         finally:
-            process.terminate()
-            try:
-                process.wait(15)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            it.terminate()
 
 
-def answers(port: int, path: str) -> bool:
-    connection = HTTPConnection(HOST, port, timeout=1)
-    try:
-        connection.connect()
-        if path:
-            connection.request("GET", path)
-        return not path or connection.getresponse().status == 200
-    except (OSError, HTTPException):
-        return False
-    finally:
-        connection.close()
-
-
-def free_port() -> int:
+def listens(port: int) -> bool:
     with socket.socket() as sock:
-        sock.bind((HOST, 0))
-        return int(sock.getsockname()[1])
-
-
-@contextmanager
-def laboratory(plan: Plan) -> Iterator[Lab]:
-    """A Redis of our own, and a client for it."""
-    from redis import Redis
-
-    port = free_port()
-    command = ["redis-server", "--bind", HOST, "--port", str(port), "--save", ""]
-    with tempfile.TemporaryDirectory() as name:
-        (Path(name) / "wrk.lua").write_text(WRK_SCRIPT)
-        command += ["--appendonly", "no", "--dir", name]
-        with running(command, port, Path(name), "") as redis:
-            yield Lab(plan, Path(name), redis, Redis(HOST, port, protocol=2, socket_timeout=60))
-
-
-@contextmanager
-def started(lab: Lab, name: str, database: int = 0) -> Iterator[Process]:
-    port, url = free_port(), f"redis://{HOST}:{lab.redis.port}/{database}"
-    command, path = [str(HERE / "bench.py"), "serve", name, str(port), url], "/api/ready/"
-    if name == THIS:
-        command, path = (
-            [str(HERE / "server.py"), "--port", str(port), "--redis-url", url],
-            "/health",
-        )
-    with running([sys.executable, *command], port, lab.folder, path) as process:
-        yield process
+        return sock.connect_ex((HOST, port)) == 0
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system time that a process and its children have taken."""
-    stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    own = (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
-    return own + sum(cpu_seconds(int(child)) for child in children)
+    """Processor time that a process has taken, with its threads and children."""
+    seconds = 0.0
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        seconds += int((thread / "schedstat").read_text().split()[0]) / 1e9
+        seconds += sum(map(cpu_seconds, map(int, (thread / "children").read_text().split())))
+    return seconds
 
 
 def memory_mb(pid: int, field: str) -> float:
@@ -247,10 +156,26 @@ def memory_mb(pid: int, field: str) -> float:
     return int(status.partition(f"{field}:")[2].split()[0]) / 1000
 
 
-# --- Requests a second ----------------------------------------------------------------------------
-# URLs are drawn at random, the same ones for every server; each has a database of its own, empty at
-# first. So nearly all hits on 1,000 URLs find their key, and most of those on 1,000,000 make one.
+def print_table(title: str, sentence: str, columns: str, rows: list[str]) -> None:
+    """A chapter of the page. The first column is text, the others are numbers."""
+    rule = "|---" + "|---:" * columns.count("|") + "|"
+    table = [f"| {columns} |", rule, *(f"| {row} |" for row in rows)]
+    print(f"\n## {title}\n\n{sentence}\n", *table, sep="\n", flush=True)
 
+
+class Lab(NamedTuple):
+    pid: int  # of Redis, which is our own and writes no file
+    url: str
+    redis: Any  # its client
+    script: str  # for wrk
+
+
+# --- Requests a second ----------------------------------------------------------------------------
+# URLs are drawn at random, the same ones for every server; each has a database of its own, empty
+# when a round starts. So nearly all hits on 1,000 URLs find their key, and most of those on
+# 1,000,000 make one.
+
+CASES = ((1, 1_000), (64, 1_000), (64, MANY))  # connections, URLs
 WRK_SCRIPT = r"""
 function init(args)
   urls = tonumber(args[1])
@@ -269,6 +194,7 @@ end
 
 
 class Sample(NamedTuple):
+    requests: float
     rate: float  # requests a second
     p50: float  # latencies in ms
     p99: float
@@ -278,258 +204,233 @@ class Sample(NamedTuple):
     errors: float
 
 
-Results = dict[tuple[int, int, str], list[Sample]]  # by distinct URLs, connections, server
-
-
-def wrk(lab: Lab, server: Process, urls: int, connections: int, seed: int) -> Sample:
-    """A second of traffic. The same seed requests the same URLs."""
-    command = ["wrk", "-t1", f"-c{connections}", "-d1s", "-s", f"{lab.folder}/wrk.lua"]
-    command += [f"http://{HOST}:{server.port}", "--", str(urls), str(seed)]
-    before = cpu_seconds(server.pid), cpu_seconds(lab.redis.pid)
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    after = cpu_seconds(server.pid), cpu_seconds(lab.redis.pid)
-    requests, took, p50, p99, worst, errors = json.loads(output.splitlines()[-1])
-    cpu, redis_cpu = [(b - a) * 1e6 / max(requests, 1) for a, b in zip(before, after, strict=True)]
-    return Sample(requests * 1e6 / took, p50 / 1e3, p99 / 1e3, worst / 1e3, cpu, redis_cpu, errors)
+def wrk(lab: Lab, server: Server, case: tuple[int, int], seed: int, beside: Any = None) -> Sample:
+    """A second of traffic, the same URLs for the same seed; beside() is called meanwhile."""
+    (pid, port), (connections, urls) = server, case
+    command = ["wrk", "-t1", f"-c{connections}", "-d1s", "-s", lab.script, f"http://{HOST}:{port}"]
+    cpu, redis_cpu = cpu_seconds(pid), cpu_seconds(lab.pid)
+    with Popen([*command, "--", str(urls), str(seed)], stdout=PIPE, text=True) as process:
+        while beside and process.poll() is None:
+            beside()
+        output, _ = process.communicate()
+    cpu, redis_cpu = cpu_seconds(pid) - cpu, cpu_seconds(lab.pid) - redis_cpu
+    n, took, p50, p99, worst, errors = loads(output.splitlines()[-1])
+    ms, each = (p50 / 1e3, p99 / 1e3, worst / 1e3), 1e6 / max(n, 1)
+    return Sample(n, n * 1e6 / took, *ms, cpu * each, redis_cpu * each, errors)
 
 
 def medians(samples: list[Sample]) -> Sample:
     return Sample(*map(median, zip(*samples, strict=True)))
 
 
-def compare(lab: Lab) -> Results:
+def ratio(own: list[Sample], others: list[Sample]) -> float:
+    return median(a.rate / b.rate for a, b in zip(own, others, strict=True))
+
+
+def compare_servers(lab: Lab) -> None:
     """All servers, in turns; in each round new ones, and another one first."""
-    plan = lab.plan
-    results: Results = {k: [] for k in product(plan.url_sets, plan.connections, NAMES)}
-    for urls in plan.url_sets:
-        lab.client.flushall()
-        for turn in range(1, plan.rounds + 1):
-            measure_round(lab, urls, turn, results)
-    return results
-
-
-def measure_round(lab: Lab, urls: int, turn: int, results: Results) -> None:
-    with ExitStack() as stack:
-        servers = {n: stack.enter_context(started(lab, n, i)) for i, n in enumerate(NAMES)}
-        for server in servers.values():
-            wrk(lab, server, 1000, 64, 0)  # warms it up
-        for conns in lab.plan.connections:
-            for name in NAMES[turn % len(NAMES) :] + NAMES[: turn % len(NAMES)]:
-                sample = wrk(lab, servers[name], urls, conns, turn * 1000 + conns)
-                results[urls, conns, name].append(sample)
-            rates = ", ".join(f"{results[urls, conns, n][-1].rate:,.0f}" for n in NAMES)
-            say(f"{urls:,} URLs, round {turn}/{lab.plan.rounds}, -c{conns}: {rates} req/s")
-
-
-SPEED = """
-{:,} distinct URLs:
-
-| | conns | req/s | ÷ plain | ÷ INCR | p50 ms | ÷ INCR | p99 ms | CPU µs | Redis µs |
-|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"""
-
-
-def print_speed(results: Results) -> None:
-    middle = {key: medians(samples) for key, samples in results.items()}
-    last = 0
-    for (urls, conns, name), own in middle.items():
-        if urls != last:
-            print(SPEED.format(urls))
-        last = urls
-        plain, incr = middle[urls, conns, PLAIN], middle[urls, conns, INCR]
-        rates = f"{own.rate:,.0f} | {own.rate / plain.rate:.2f} | {own.rate / incr.rate:.2f}"
-        latency = f"{own.p50:.2f} | {own.p50 / incr.p50:.2f} | {own.p99:.2f}"
-        print(f"| {name} | {conns} | {rates} | {latency} | {own.cpu:.0f} | {own.redis_cpu:.0f} |")
-    errors = sum(sample.errors for samples in results.values() for sample in samples)
-    print(f"\nFailed requests: {errors:.0f}. {spread(results)}", flush=True)
-
-
-def spread(results: Results) -> str:
-    """How noisy the machine was."""
-    cells = [sorted(sample.rate for sample in samples) for samples in results.values()]
-    apart = [(rates[-1] - rates[0]) / median(rates) for rates in cells]
-    return f"Slowest and fastest round of a row are {median(apart):.0%} apart (median of the rows)."
+    found: dict[Any, list[Sample]] = {key: [] for key in product(CASES, NAMES)}
+    for turn in range(ROUNDS):
+        lab.redis.flushall()
+        say(f"servers, round {turn + 1} of {ROUNDS}")
+        first = turn % len(NAMES)
+        with ExitStack() as stack:
+            servers = {}
+            for i, name in enumerate(NAMES):
+                servers[name] = stack.enter_context(started(SERVERS[name], f"{lab.url}{i}"))
+            warm = {name: wrk(lab, server, (64, 1_000), 0) for name, server in servers.items()}
+            for case in CASES:
+                for name in NAMES[first:] + NAMES[:first]:
+                    found[case, name].append(wrk(lab, servers[name], case, turn + 1))
+        sent = warm[THIS].requests + sum(found[case, THIS][-1].requests for case in CASES)
+        if (counted := int(lab.redis.get("url_total"))) < sent:
+            sys.exit(f"bench.py: {sent:.0f} requests were answered, but {counted} were counted")
+    rows = []
+    for (case, name), own in found.items():
+        m, plain, incr = medians(own), ratio(own, found[case, PLAIN]), ratio(own, found[case, INCR])
+        row = f"{name} | {case[0]} | {case[1]:,} | {m.rate:,.0f} | {plain:.2f} | {incr:.2f}"
+        rows.append(f"{row} | {m.p50:.2f} | {m.p99:.2f} | {m.cpu:.0f} | {m.redis_cpu:.0f}")
+    print_table(
+        "Requests a second",
+        "One process of each, asked for random URLs: plain aiohttp has this server's handler and "
+        "counts nothing, the last three send an INCR a request; CPU and Redis are the processor "
+        "time of one request, in the server and in Redis.",
+        "| connections | URLs | req/s | ÷ plain | ÷ INCR | p50 ms | p99 ms | CPU µs | Redis µs",
+        rows,
+    )
+    print(f"\nFailed requests: {sum(s.errors for own in found.values() for s in own):.0f}.")
 
 
 # --- Statistics -----------------------------------------------------------------------------------
-# Redis is filled with counts alone, as an earlier version leaves them. The server takes them over
-# when it starts; then the ranking is read through it and without it.
+# Redis is filled with counts alone, as an earlier version leaves them. The first server makes the
+# index; it is the second one that is measured, whose memory has seen nothing yet.
 
-PAGE = 1000  # URLs that one command reads
-
-
-def milliseconds(action: Callable[[], object], times: int = 1) -> float:
-    """The median of some repetitions."""
-    found = []
-    for _ in range(times):
-        begun = time.perf_counter()
-        action()
-        found.append((time.perf_counter() - begun) * 1000)
-    return median(found)
+PAGE = 1000  # URLs that one command reads or writes
 
 
-def fill(redis: "Redis", urls: int) -> None:
-    """Counts as in life: few of them large."""
-    draw = Random(7)
-    for start in range(0, urls, PAGE):
-        page = range(start, min(start + PAGE, urls))
-        redis.mset({f"url_count:/api/products/{n}/": int(draw.paretovariate(0.7)) for n in page})
+def fill(lab: Lab, urls: int) -> tuple[float, float, float]:
+    """Returns Redis's bytes a URL before and after the index is made, and the seconds of that."""
+    lab.redis.flushall()
+    draw, used = Random(7), [lab.redis.info("memory")["used_memory"]]
+    for start in range(0, urls, PAGE):  # as in life, few counts are large
+        page = [f"url_count:/api/products/{n}/" for n in range(start, min(start + PAGE, urls))]
+        lab.redis.mset({key: int(draw.paretovariate(0.7)) for key in page})
+    used.append(lab.redis.info("memory")["used_memory"])
+    begun = time.perf_counter()
+    with started(SERVERS[THIS], lab.url):
+        seconds = time.perf_counter() - begun
+    used.append(lab.redis.info("memory")["used_memory"])
+    return (used[1] - used[0]) / urls, (used[2] - used[0]) / urls, seconds
 
 
-def bytes_used(redis: "Redis") -> int:
-    info: Any = redis.info("memory")
-    return int(info["used_memory"])
+def milliseconds(action: Callable[[], object], times: int) -> float:
+    return 1000 * median(repeat(action, number=1, repeat=times))
 
 
-def scan_mget_sort(redis: "Redis") -> list[tuple[int, bytes]]:
+def get(http: HTTPConnection, path: str) -> int:
+    """The bytes of an answer."""
+    http.request("GET", path)
+    return len(http.getresponse().read())
+
+
+def scan_mget_sort(redis: Any) -> list[tuple[int, bytes]]:
     """The ranking without an index."""
     keys, counts = list(redis.scan_iter("url_count:*", count=PAGE)), []
     for start in range(0, len(keys), PAGE):
-        page: Any = redis.mget(keys[start : start + PAGE])
-        counts += [int(hits) for hits in page]
+        counts += [int(hits) for hits in redis.mget(keys[start : start + PAGE])]
     return sorted(zip(counts, keys, strict=True), reverse=True)
 
 
-def read_index(redis: "Redis", urls: int) -> None:
-    """The ranking by redis-py alone, page by page."""
-    for start in range(0, urls, PAGE):
-        redis.zrevrange("url_rank", start, start + PAGE - 1, withscores=True)
-
-
-def read_list(port: int) -> int:
-    """The ranking by GET /stats/: its bytes."""
-    connection, size, buffer = HTTPConnection(HOST, port), 0, bytearray(1 << 18)
-    connection.request("GET", "/stats/")
-    response = connection.getresponse()
-    while got := response.readinto(buffer):
-        size += got
-    connection.close()
-    return size
-
-
-def page_times(lab: Lab, port: int, urls: int) -> str:
-    connection = HTTPConnection(HOST, port)
-
-    def get(offset: int) -> None:
-        connection.request("GET", f"/stats/?limit=100&offset={offset}")
-        connection.getresponse().read()
-
-    get(0)
-    top, middle = milliseconds(lambda: get(0), 200), milliseconds(lambda: get(urls // 2), 200)
-    connection.close()
-    unindexed = milliseconds(lambda: scan_mget_sort(lab.client), 3)
-    return f"{top:.2f} | {middle:.2f} | {unindexed:,.1f} | {unindexed / top:,.0f}"
-
-
-def list_times(lab: Lab, server: Process, urls: int) -> None:
-    """The whole list beside redis-py alone, in turns, and what it takes of memory."""
-    before, ours, alone = memory_mb(server.pid, "VmRSS"), [], []
-    for _ in range(3):
-        ours.append(milliseconds(lambda: read_list(server.port)))
-        alone.append(milliseconds(lambda: read_index(lab.client, urls)))
-    peak, size = memory_mb(server.pid, "VmHWM"), read_list(server.port) / 1e6
-    print(f"| whole list by `/stats/`, {size:.1f} MB | {median(ours):,.0f} ms |")
-    print(f"| redis-py alone, the same pages of {PAGE:,} | {median(alone):,.0f} ms |")
-    print(f"| speed of the list ÷ redis-py alone | {median(alone) / median(ours):.2f} |")
-    print(f"| server's memory before → at most | {before:.1f} → {peak:.1f} MB |")
-
-
-def latency_beside_list(lab: Lab, server: Process) -> None:
-    """One client's requests, while nobody and while somebody reads the whole list."""
-    quiet, busy = [], []
-    for turn in range(max(3, lab.plan.rounds)):
-        quiet.append(wrk(lab, server, 1000, 1, turn))
-        with ThreadPoolExecutor() as pool:
-            sample = pool.submit(wrk, lab, server, 1000, 1, turn)
-            while not sample.done():
-                read_list(server.port)
-        busy.append(sample.result())
-    for name, found in ("alone", medians(quiet)), ("while the list streams", medians(busy)):
-        cells = f"{found.p50:.2f}, {found.p99:.2f}, {found.worst:.2f} ms"
-        print(f"| `/api/` {name}: p50, p99, max | {cells} |")
-
-
-STATISTICS = """
-`/stats/?limit=100` in ms, beside redis-py without an index:
-
-| URLs | top 100 | in the middle | SCAN + MGET + sort | ÷ top 100 |
-|---:|---:|---:|---:|---:|"""
-
-
-def print_statistics(lab: Lab) -> None:
-    print(STATISTICS)
-    for urls in lab.plan.sizes:
+def measure_statistics(lab: Lab) -> None:
+    pages, alone, beside = [], [], []
+    for urls in sorted({1_000, MANY // 10, MANY}):
         say(f"statistics of {urls:,} URLs")
-        lab.client.flushall()
-        used = [bytes_used(lab.client)]
-        fill(lab.client, urls)
-        used.append(bytes_used(lab.client))
-        begun = time.perf_counter()
-        with started(lab, THIS):
-            takeover = time.perf_counter() - begun
-        used.append(bytes_used(lab.client))
-        with started(lab, THIS) as server:  # another one, whose memory no takeover has touched
-            print(f"| {urls:,} | {page_times(lab, server.port, urls)} |", flush=True)
-            if urls == lab.plan.sizes[-1]:
-                print(f"\n| At {urls:,} URLs | |\n|---|---:|")
-                list_times(lab, server, urls)
-                latency_beside_list(lab, server)
-    counts, index = [(after - used[0]) / urls for after in used[1:]]
-    print(
-        f"| Redis's memory for one URL: its count, with the index | {counts:.0f}, {index:.0f} B |"
+        counts, index, takeover = fill(lab, urls)
+        with started(SERVERS[THIS], lab.url) as (_, port):
+            page = partial(get, HTTPConnection(HOST, port))
+            top = milliseconds(partial(page, "/stats/?limit=100"), 200)
+            middle = milliseconds(partial(page, f"/stats/?limit=100&offset={urls // 2}"), 200)
+        sort = milliseconds(partial(scan_mget_sort, lab.redis), 3)
+        pages.append(f"{urls:,} | {top:.2f} | {middle:.2f} | {sort:,.1f} | {sort / top:,.0f}")
+    with started(SERVERS[THIS], lab.url) as (pid, port):
+        whole_list = partial(get, HTTPConnection(HOST, port), "/stats/")
+        before, size, took = memory_mb(pid, "VmRSS"), whole_list(), milliseconds(whole_list, 3)
+        for turn in range(ROUNDS):
+            alone.append(wrk(lab, (pid, port), CASES[0], turn))
+            beside.append(wrk(lab, (pid, port), CASES[0], turn, whole_list))
+        most, a, b = memory_mb(pid, "VmHWM"), medians(alone), medians(beside)
+    print_table(
+        "A page of the statistics",
+        "Milliseconds for `/stats/?limit=100` (median of 200), at the top and in the middle of the "
+        "list, and for the ranking without an index (median of 3): SCAN, MGET, sort in redis-py.",
+        "URLs | top 100 | in the middle | SCAN + MGET + sort | ÷ top 100",
+        pages,
     )
-    print(f"| start that takes over counts without an index | {takeover:.1f} s |")
+    print_table(
+        f"At {MANY:,} URLs",
+        "What the whole list takes, what one client of `/api/` notices while it is read again and "
+        "again, and what so many URLs take of Redis's memory and of a first start.",
+        " | ",
+        [
+            f"whole list by `/stats/`, {size / 1e6:.1f} MB | {took:,.0f} ms",
+            f"server's memory before → at most | {before:.1f} → {most:.1f} MB",
+            f"`/api/` alone: p50, p99, max | {a.p50:.2f}, {a.p99:.2f}, {a.worst:.2f} ms",
+            f"`/api/` beside the list: p50, p99, max | {b.p50:.2f}, {b.p99:.2f}, {b.worst:.2f} ms",
+            f"Redis's memory for a URL: its count, with the index | {counts:.0f}, {index:.0f} B",
+            f"start that takes over counts without an index | {takeover:.1f} s",
+        ],
+    )
 
 
-# --- The report -----------------------------------------------------------------------------------
+# --- What a Redis core takes ----------------------------------------------------------------------
+# The server's own script and keys, in Redis's own processor time: what the client takes of the
+# machine does not count. Commits are packed before, so that Redis does not wait for them.
+
+BATCHES = (1, 10, 40, 100, 400, 1000)  # URLs in a commit
+KNOWN = 10_000  # URLs in Redis; no others come
+HITS = 20_000 if QUICK else 100_000
 
 
-def print_setting(lab: Lab) -> None:
-    info: Any = lab.client.info("server")
+def commit_time(lab: Lab, batch: int, ahead: int) -> float:
+    """Redis's microseconds for a commit, where so many are sent before the first is answered."""
+    from hiredis import pack_command
+
+    from server import COMMIT, SHARED
+
+    script, sequence = lab.redis.script_load(COMMIT), int(lab.redis.get("url_commit:bench") or 0)
+    draw, commits, hits = Random(batch), [], [1] * batch
+    for _ in range(max(ahead, HITS // (batch + 3))):
+        sequence += 1
+        urls = [f"url_count:/api/products/{n}/" for n in draw.sample(range(KNOWN), batch)]
+        keys = ("url_commit:bench", *SHARED, *urls)
+        command: Any = ("EVALSHA", script, len(keys), *keys, sequence, 10 * KNOWN, *hits)
+        commits.append(pack_command(command))
+    connection = lab.redis.connection_pool.get_connection()
+    total, cpu = int(lab.redis.get("url_total")), cpu_seconds(lab.pid)
+    for start in range(0, len(commits), ahead):
+        window = commits[start : start + ahead]
+        connection.send_packed_command([b"".join(window)])
+        for _ in window:
+            connection.read_response()
+    cpu = cpu_seconds(lab.pid) - cpu
+    lab.redis.connection_pool.release(connection)
+    if (counted := int(lab.redis.get("url_total")) - total) != len(commits) * batch:
+        sys.exit(f"bench.py: {len(commits)} commits of {batch} hits, but {counted} were counted")
+    return cpu * 1e6 / len(commits)
+
+
+def measure_core(lab: Lab) -> None:
+    fill(lab, KNOWN)
+    rows = []
+    for batch in BATCHES:
+        row = f"{batch:,}"
+        for ahead in (1, max(4, 2000 // batch)):
+            took = median(commit_time(lab, batch, ahead) for _ in range(ROUNDS))
+            say(f"{batch} URLs a commit, {ahead} ahead: {took:.1f} µs")
+            row += f" | {batch * 1e6 / took:,.0f} | {took:,.1f}"
+        rows.append(row)
+    print_table(
+        "What a Redis core takes",
+        "Hits for each second of Redis's processor time, by the number of URLs in a commit: one "
+        "commit at a time, as a server sends them, and pipelined, as those of many servers arrive.",
+        "URLs | one at a time: hits/s | µs a commit | pipelined: hits/s | µs a commit",
+        rows,
+    )
+
+
+def print_opening(lab: Lab) -> None:
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    wrk_says = subprocess.run(["wrk", "-v"], capture_output=True, text=True).stdout.split()
-    versions = [f"{name} {version(name)}" for name in PACKAGES]
-    versions += [f"Redis {info['redis_version']}", f"wrk {wrk_says[1]}"]
+    wrk_version = run(["wrk", "-v"], capture_output=True, text=True).stdout.split()[1]
+    versions = [f"Python {python_version()}", *(f"{name} {version(name)}" for name in PACKAGES)]
+    versions += [f"Redis {lab.redis.info('server')['redis_version']}", f"wrk {wrk_version}"]
+    title = "Figures for a glance only (QUICK=1)" if QUICK else "Benchmarks"
+    print(f"# {title}, {date.today()}, {model[1] if model else '?'}, {os.cpu_count()} cores\n")
+    print(f"Printed by `make bench`: {', '.join(versions)}.")
+    print("The servers, wrk and Redis, which writes no file, share the machine and take turns.")
     print(
-        f"{date.today()}, {model[1] if model else platform.machine()}, {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}, {', '.join(versions)}. "
-        f"Medians of {lab.plan.rounds} rounds of a second, in turns; ÷ is a ratio of medians. "
-        "One process a server, uvloop, no access log; Redis without append-only file. wrk, Redis "
-        "and the servers share the machine. CPU is that of one request."
+        f"Rounds: {ROUNDS}, each with new processes. A figure is the median of its rounds, and so"
     )
-
-
-def check_tools() -> None:
-    """One line that says what to install, rather than a traceback half-way."""
-    if sys.platform != "linux":
-        sys.exit("bench.py: only Linux will do: CPU time and memory are read from /proc")
-    for tool in ("wrk", "redis-server"):
-        if not shutil.which(tool):
-            sys.exit(f"bench.py: no {tool} here: apt-get install {tool}")
-    for package in PACKAGES:
-        try:
-            version(package)
-        except PackageNotFoundError:
-            sys.exit(f"bench.py: no {package} here: pip install -r requirements-dev.txt")
+    print("is a ratio (÷) of requests a second.", flush=True)
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["serve"]:
-        _, _, name, port, redis_url = sys.argv
-        SERVE[name](int(port), redis_url)
-        return
-    check_tools()
-    quick = "--quick" in sys.argv or os.environ.get("QUICK", "") not in ("", "0")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    begun = time.monotonic()
-    try:
-        with laboratory(QUICK if quick else FULL) as lab:
-            print_setting(lab)
-            print_speed(compare(lab))
-            print_statistics(lab)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    say(f"done in {time.monotonic() - begun:.0f} s")
+    from redis import Redis
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    with NamedTemporaryFile("w", suffix=".lua") as script, started(REDIS) as (pid, port):
+        script.write(WRK_SCRIPT)
+        script.flush()
+        url = f"redis://{HOST}:{port}/"
+        lab = Lab(pid, url, Redis.from_url(url, protocol=2, socket_timeout=60), script.name)
+        print_opening(lab)
+        compare_servers(lab)
+        measure_statistics(lab)
+        measure_core(lab)
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:]:
+        serve_aiohttp(counting=sys.argv[1] == "incr")
+    else:
+        main()

@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from base64 import b64encode
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -2480,16 +2481,20 @@ async def test_four_processes_under_gunicorn_count_as_one(rig_of: StartRig) -> N
 VOLATILE = {"duration_s", "requests_per_s", "latency_ms", "uptime_s"}
 
 
+def readme() -> str:
+    return (HERE / "README.md").read_text()
+
+
 def readme_examples() -> list[tuple[str, str]]:
     """Each command of the README's first console block, and what it printed."""
-    block = re.search(r"```console\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    block = re.search(r"```console\n(.*?)```", readme(), re.DOTALL)
     assert block
     return re.findall(r"^\$ (curl .*)\n((?:(?!\$ ).+\n)*)", block[1], re.MULTILINE)
 
 
 def test_the_readme_shows_what_the_server_says(tmp_path: Path) -> None:
     examples = readme_examples()
-    assert len(examples) >= 4
+    assert len(examples) >= 3
     with Server(tmp_path / "log") as process:
         for command, expected in examples:
             local = command.replace("localhost:5000", f"127.0.0.1:{process.port}")
@@ -2506,3 +2511,50 @@ def normal(text: str) -> object:
         if isinstance(data, dict)
         else data
     )
+
+
+def test_the_settings_table_is_what_help_says() -> None:
+    table = re.findall(r"^\| `([A-Z_]+)` \| `(--[a-z-]+)` \| (.+) \|$", readme(), re.MULTILINE)
+    assert [row[0] for row in table] == [name for name, *_ in server.OPTIONS]
+    run = [sys.executable, "server.py", "--help"]
+    said = subprocess.run(run, cwd=HERE, capture_output=True, text=True, check=True).stdout
+    for name, flag, meaning in table:
+        assert f"{flag} {name} {meaning}" in " ".join(said.split())
+    for promise in ("X-Total-Count", "/test/<n>/", "any method /api/..."):
+        assert promise in said
+
+
+def test_the_defaults_are_those_of_the_table() -> None:
+    for _, default, _, meaning in server.OPTIONS:
+        assert meaning.startswith(default or "unset")
+
+
+def test_uv_run_needs_the_file_alone(tmp_path: Path) -> None:
+    """Its header names the packages of requirements.txt, so that uv can find them."""
+    source = (HERE / "server.py").read_text()
+    header = re.search(r"# /// script\n(.*?)# ///\n", source, re.DOTALL)
+    assert header
+    found = tomllib.loads(header[1].replace("# ", ""))
+    wanted = (HERE / "requirements.txt").read_text().replace('"', "'").splitlines()
+    assert (found["requires-python"], found["dependencies"]) == (">=3.11", wanted)
+    (tmp_path / "server.py").write_text(source)
+    pip = [sys.executable, "-m", "pip", "config", "get", "global.extra-index-url"]
+    index = subprocess.run(pip, capture_output=True, text=True).stdout.strip()
+    told = {"UV_INDEX": index, "UV_FIND_LINKS": os.environ.get("PIP_FIND_LINKS", "")}
+    port = free_port()
+    env = {**os.environ, **{k: v for k, v in told.items() if v}, "PORT": str(port)}
+    env |= {"REDIS_URL": "", "UV_PYTHON": sys.executable, "UV_NO_CONFIG": "1"}
+    env["UV_INDEX_STRATEGY"] = "unsafe-best-match"  # as pip does
+    with (tmp_path / "log").open("wb") as log:
+        run = [str(Path(sys.executable).with_name("uv")), "run", "server.py"]
+        process = subprocess.Popen(run, cwd=tmp_path, env=env, stdout=log, stderr=log)
+    try:
+        wait_for(lambda: "started" in (tmp_path / "log").read_text(), 60)
+        with socket.create_connection(("127.0.0.1", port)) as sock:
+            sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            said = sock.makefile("rb").read()
+        assert said.startswith(b"HTTP/1.0 404")
+        assert b"dashboard.html: put it beside server.py" in said
+    finally:
+        process.terminate()
+        assert process.wait(timeout=10) == 0
