@@ -470,8 +470,8 @@ async def count_and_guard(request: web.Request, handler: Handler) -> web.StreamR
         if handler is api:  # not by the path: /api%2Fx is a 404
             if len(request.path) > 2048:
                 raise web.HTTPRequestURITooLong(text="a path has at most 2048 characters")
-            request[COUNTED] = request.path if request.path[-1] == "/" else request.path + "/"
-            await request.app[COMMITS].hit(request[COUNTED])
+            request[COUNTED] = url = request.path if request.path[-1] == "/" else request.path + "/"
+            await request.app[COMMITS].hit(url)
         response = await handler(request)
     except web.HTTPException as error:
         text = NOT_HERE if error.text == "404: Not Found" else error.text
@@ -617,13 +617,13 @@ async def connect(settings: argparse.Namespace, managed: bool) -> tuple[Store, s
     try:
         await store.open(MAX_PATIENCE if settings.redis_url else PATIENCE)
     except (redis.RedisError, OSError) as error:
-        reason = str(error) or NO_ANSWER
-        if settings.redis_url and managed:
+        reason = f"REDIS_URL={shown}: " + (str(error) or NO_ANSWER)
+        if managed:
             return store, reason
         await store.aclose()
         answered = type(error) not in (TimeoutError, redis.ConnectionError)  # "wrong password", say
-        if settings.redis_url or managed or answered:
-            sys.exit(f"server.py: REDIS_URL={shown}: {reason}")
+        if settings.redis_url or answered:
+            sys.exit(f"server.py: {reason}")
         log.warning("no redis, counts are lost on exit", error=reason)
         return MemoryStore(settings.max_urls), ""
     log.info("counting in redis", redis=shown)
