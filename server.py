@@ -683,7 +683,7 @@ def end_on_signals(loop: asyncio.AbstractEventLoop) -> None:
         for number in ends:
             loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_IGN)
-        signal.alarm(8)  # by then all is saved, but a thread may still wait for a name server
+        signal.alarm(30)  # all is saved long before, but a thread may wait for a name server
         raise web.GracefulExit
 
     with suppress(AttributeError, NotImplementedError):  # Windows has Ctrl-C only
