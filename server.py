@@ -31,6 +31,7 @@ if __name__ == "__main__":  # before the slow imports: a container's first proce
 
 import argparse
 import asyncio
+import gc
 import json
 import logging
 import random
@@ -277,7 +278,7 @@ Store = RedisStore | MemoryStore
 PATIENCE = 1.0  # seconds that a round may take: requests wait for it
 MAX_PATIENCE = 8.0  # seconds that an attempt may take while no request waits
 MAX_BACKLOG, MAX_BACKLOG_BYTES = 100_000, 64 * 2**20  # URLs held while the store is away
-RETRY_AFTER = {"Retry-After": "1"}
+FULL, RETRY_AFTER = "too many URLs wait for Redis: try again later", {"Retry-After": "1"}
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)  # seconds
 HITS = prometheus.Counter("url_hits", "Hits committed")
 PENDING = prometheus.Gauge("url_hits_pending", "Hits not committed", multiprocess_mode="livesum")
@@ -306,9 +307,7 @@ class GroupCommit:
         if url not in self.held:
             full = len(self.held) + len(self.sent) >= MAX_BACKLOG or self.size >= MAX_BACKLOG_BYTES
             if self.away and full and url not in self.sent:
-                raise web.HTTPServiceUnavailable(
-                    text="too many URLs wait for Redis", headers=RETRY_AFTER
-                )
+                raise web.HTTPServiceUnavailable(text=FULL, headers=RETRY_AFTER)
             self.size += sys.getsizeof(url) if self.away else 0
             if not self.held:
                 self.wake.set()
@@ -672,8 +671,7 @@ def configure_logging() -> None:
     chain = (steps.add_log_level, steps.TimeStamper("iso"), steps.format_exc_info, render)
     structlog.configure(chain, logger_factory=structlog.stdlib.LoggerFactory())
     logging.basicConfig(format="%(message)s", level=logging.INFO)  # survives a full disk
-    # Its errors are mostly clients' (bytes that are not HTTP), with a traceback each.
-    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # clients' errors, tracebacks
 
 
 def end_on_signals(loop: asyncio.AbstractEventLoop) -> None:
@@ -699,6 +697,7 @@ def main() -> None:
     with suppress(NameError, ValueError):  # Windows has none; macOS promises more than it gives
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # one open file a client
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    gc.set_threshold(20_000)  # requests leave no cycles: the collector would take 3 % of the time
     loop = new_event_loop()
     end_on_signals(loop)
     options: dict[str, Any] = SERVING | {"backlog": 1024, "handle_signals": False, "loop": loop}
