@@ -28,7 +28,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import hypothesis
 import pytest
@@ -72,6 +72,30 @@ def wait_for(condition: Callable[[], object], seconds: float = 10) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.01)
+
+
+def block(document: str, language: str, words: str) -> str:
+    """The one code block of a document that has these words."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", (HERE / document).read_text(), re.DOTALL)
+    (found,) = (text for text in blocks if words in text)
+    return str(found)
+
+
+def with_ports(text: str, ports: Mapping[int, int]) -> str:
+    """A block of a document, on ports of our own."""
+    for old, new in ports.items():
+        address = rf"(127\.0\.0\.1:|localhost:|(?<=listen )){old}\b"
+        text, n = re.subn(address, f"127.0.0.1:{new}", text)
+        assert n, f"no port {old}"
+    return text
+
+
+async def run(*command: str, **env: str) -> tuple[int | None, str]:
+    """How a program ends, and what it prints."""
+    variables, pipe = os.environ | env, asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*command, env=variables, stdout=pipe)
+    printed, _ = await process.communicate()
+    return process.returncode, printed.decode()
 
 
 class RedisServer:
@@ -722,6 +746,18 @@ async def test_del_url_rank_and_a_restart_repair_whatever_hands_did(
     assert redis_server.counts()["/api/a/"] == 3 + goes_on
 
 
+async def test_start_over_takes_every_key_of_ours_and_no_other(redis_server: RedisServer) -> None:
+    store = RedisStore(redis_server.url, 100)
+    await store.open(1)
+    await store.commit(1, dict.fromkeys(["/api/a/", "/api/a\nb/", "/api/\0 '\"\\ü/", "\udcff"], 1))
+    await store.aclose()
+    redis_server.client.set("other:url_count:", "7")
+    command = block("docs/operations.md", "sh", "--scan")
+    command = command.replace("redis-cli", f"redis-cli -p {redis_server.port}")
+    assert await run("bash", "-c", command) == (0, "")
+    assert redis_server.client.keys() == ["other:url_count:"]
+
+
 # --- Processes: start, stop, configuration --------------------------------------------------------
 
 
@@ -729,7 +765,8 @@ class Server:
     """server.py as a user runs it."""
 
     def __init__(self, log: Path, redis_url: str = "", code: str = "", **env: str) -> None:
-        self.port, self.log = free_port(), log
+        port, self.log = env.get("PORT", ""), log
+        self.port = int(port) if port.isdecimal() else free_port()
         self.base = f"http://127.0.0.1:{self.port}"
         # Without REDIS_URL it would try the machine's own Redis, which is not ours to touch.
         code = code or f"import server; server.DEFAULT_REDIS_URL = {NO_REDIS!r}; server.main()"
@@ -1007,7 +1044,7 @@ class Load:
         self.slowest = 0.0
         self.stopping = False
 
-    async def __aenter__(self) -> "Load":
+    async def __aenter__(self) -> Self:
         self.clients = [asyncio.create_task(self.client(n)) for n in range(16)]
         await self.more(200)
         return self
@@ -1035,21 +1072,30 @@ class Load:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int
     ) -> bool:
         """Whether the connection goes on."""
-        url = f"/api/{number % self.urls}/"
+        target = self.target(number)
         started = time.monotonic()
         try:
-            writer.write(f"GET {url} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            writer.write(f"GET {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
-            body = re.search(r"Content-Length: (\d+)", head)
-            await reader.readexactly(int(body[1]) if body else 0)
+            length = re.search(r"Content-Length: (\d+)", head)
+            body = await reader.readexactly(int(length[1]) if length else 0)
         except (OSError, asyncio.IncompleteReadError):
-            self.unknown[url] += 1
+            self.unknown[target] += 1
             return False
         self.slowest = max(self.slowest, time.monotonic() - started)
         status = head.partition("\r\n")[0]
-        self.answered[url] += status == "HTTP/1.1 200 OK"
-        self.failed[status] += status != "HTTP/1.1 200 OK"
+        if status == "HTTP/1.1 200 OK":
+            self.answered[self.url(target, body)] += 1
+        else:
+            self.failed[status] += 1
         return "Connection: close" not in head
+
+    def target(self, number: int) -> str:
+        return f"/api/{number % self.urls}/"
+
+    def url(self, target: str, body: bytes) -> str:
+        """What it counts as."""
+        return target
 
     def lost_and_double(self, counts: Mapping[str, int]) -> tuple[int, int]:
         """Hits that were answered and are not there; hits that nobody sent."""
@@ -1347,23 +1393,37 @@ def uncommitted(process: Server) -> tuple[Counter[str], Counter[str], dict[str, 
     return held, sent, last
 
 
-async def test_sigterm_with_redis_away_logs_what_is_not_in_redis(rig_of: StartRig) -> None:
-    rig = await rig_of()
+@pytest.mark.parametrize("sent_is_there", [False, True])
+async def test_sigterm_with_redis_away_logs_what_the_documented_script_adds(
+    rig_of: StartRig, tmp_path: Path, sent_is_there: bool
+) -> None:
+    rig = await rig_of("import server; server.PAGE = 20; server.main()")
     async with rig.load:
-        rig.redis.kill()
+        if sent_is_there:
+            rig.proxy.swallow = 10**9  # Redis has it, but its replies never arrive
+        else:
+            rig.proxy.delay = 10**9  # what is sent never arrives
+            await until(lambda: rig.proxy.late)
+            rig.redis.kill()
         await rig.load.more(2000)
         started = time.monotonic()
         assert await asyncio.to_thread(rig.server.stop) == 0
         assert time.monotonic() - started < 8
-    held, sent, last = uncommitted(rig.server)
-    assert held.total() + sent.total() >= 2000
-    await asyncio.to_thread(rig.redis.start)
-    token = rig.redis.client.get(f"url_commit:{last['instance']}")
-    applied = int(token or 0) >= last["sequence"]  # as the docs tell an operator to look
-    counts = Counter(rig.redis.counts()) + held + (Counter() if applied else sent)
-    lost, double = rig.load.lost_and_double(counts)
-    print(f"| SIGTERM, Redis away | {rig.load.answered.total()} | {lost} | {double} |")
-    assert (lost, double) == (0, 0)
+    held, sent, _ = uncommitted(rig.server)
+    assert rig.server.log.read_text().count("hits not committed") > 3
+    assert sent
+    if not sent_is_there:
+        await asyncio.to_thread(rig.redis.start)
+    script = block("docs/operations.md", "python", "hits not committed")
+    expected, log = (held if sent_is_there else held + sent).total(), rig.server.log
+    again = log.with_name("docker compose logs")
+    again.write_text(re.sub("^", "server-1  | ", log.read_text(), flags=re.MULTILINE))
+    for file, n in (log, expected), (again, 0):  # to run it twice does no harm
+        said = await run(sys.executable, "-c", script, str(file), REDIS_URL=rig.redis.url)
+        assert said == (0, f"{n} hits added\n")
+    assert report("SIGTERM, Redis away", rig) == (0, 0, 0)
+    with Server(tmp_path / "next", rig.redis.url):
+        rig.redis.check_index()
 
 
 async def test_a_second_signal_does_not_cut_the_last_commits_short(rig_of: StartRig) -> None:
@@ -2441,41 +2501,289 @@ async def test_take_pictures(
 # --- Several processes ----------------------------------------------------------------------------
 
 
-async def test_four_processes_under_gunicorn_count_as_one(rig_of: StartRig) -> None:
-    """And each can be scraped: together they have answered every request, and committed it."""
-    rig = await rig_of(
-        "import os, sys; from gunicorn.app.wsgiapp import run; print('started');"
-        "sys.argv = ['gunicorn', '-w4', '-kaiohttp.GunicornUVLoopWebWorker',"
-        " '-b127.0.0.1:' + os.environ['PORT'], '--no-control-socket', 'server:create_app']; run()",
-        METRICS_PORT=str(free_port()),
-    )
-    ports: list[str] = []
+async def test_four_processes_under_gunicorn_count_as_one(
+    tmp_path: Path, redis_server: RedisServer
+) -> None:
+    """As the operations page starts them; one scrape is the sum of all, the killed one included."""
+    port = free_port()
+    command = block("docs/operations.md", "sh", "gunicorn.conf.py")
+    command = with_ports(command, {5000: port, 6379: redis_server.port})
+    command = re.sub(".* install gunicorn\n", "", command)
+    command = command.replace("\n.venv/bin/gunicorn", "\nexec .venv/bin/gunicorn")
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    (tmp_path / "server.py").symlink_to(HERE / "server.py")
+    code = f"""import os; os.chdir({str(tmp_path)!r}); print("started")
+os.execvp("bash", ["bash", "-ec", {command!r}])"""
 
-    def all_serve() -> bool:
-        ports[:] = re.findall(r'"event": "metrics", "port": (\d+)', rig.server.log.read_text())
-        return len(set(ports)) == 4
-
-    await until(all_serve)
-    async with rig.load:
-        await rig.load.more(3000)
-        async with ClientSession(rig.server.base) as session, session.post("/test/200/") as run:
-            assert (await run.json())["ok"] == 200
-    committed = 0.0
-    for port in ports:
-        async with ClientSession(f"http://127.0.0.1:{port}") as session:
+    async def load_and_scrape(process: Server) -> Load:
+        async with Load(port) as load:
+            await load.more(2000)
+        async with ClientSession(process.base) as session:
             samples = await scrape(session)
-        api = {("method", "GET"), ("route", "/api/{tail}"), ("code", "200")}
-        hits = samples["url_hits_total", frozenset()]
-        assert hits == samples.get(("http_requests_total", frozenset(api)), 0)
-        committed += hits
-    assert await asyncio.to_thread(rig.server.stop) == 0
-    counts = rig.redis.counts()
-    assert committed == sum(counts.values())
-    loaded = {url: counts.pop(url) for url in list(counts) if url in rig.load.answered}
-    lost, double = rig.load.lost_and_double(loaded)
+        hits = sum(redis_server.counts().values())
+        api = {("method", "GET"), ("route", "/api/..."), ("code", "200")}
+        assert samples["url_hits_total", frozenset()] == hits
+        assert samples["http_request_duration_seconds_count", frozenset(api)] == hits
+        now = samples["redis_up", frozenset()], samples["url_hits_pending", frozenset()]
+        assert now == (1, 0)
+        assert (load.failed.total(), load.unknown.total()) == (0, 0)
+        return load
+
+    env = {"PORT": str(port), "GUNICORN_CMD_ARGS": "--no-control-socket"}
+    with Server(tmp_path / "log", code=code, **env) as process:
+        await until(lambda: process.log.read_text().count("counting in redis") == 4)
+        first = await load_and_scrape(process)
+        killed = re.findall(r"Booting worker with pid: (\d+)", process.log.read_text())[0]
+        os.kill(int(killed), signal.SIGKILL)
+        await until(lambda: process.log.read_text().count("counting in redis") == 5)
+        left = {name for name in os.listdir(tmp_path / "metrics") if killed in name}
+        assert left == {f"counter_{killed}.db", f"histogram_{killed}.db"}
+        second = await load_and_scrape(process)
+        async with ClientSession(process.base) as session, session.post("/test/200/") as run:
+            assert (await run.json())["ok"] == 200
+        assert await asyncio.to_thread(process.stop) == 0
+    counts = redis_server.counts()
+    loaded = {url: counts.pop(url) for url in list(counts) if url in first.answered}
+    assert loaded == first.answered + second.answered
     assert sum(counts.values()) == 200
-    assert (lost, double, rig.load.failed.total()) == (0, 0, 0)
-    rig.redis.check_index()
+    redis_server.check_index()
+
+
+# --- Behind nginx ---------------------------------------------------------------------------------
+
+
+class Nginx:
+    """A real nginx with this in its http { }, and all its files in a folder."""
+
+    def __init__(self, folder: Path, port: int, http: str) -> None:
+        if not shutil.which("nginx"):
+            missing("nginx")
+        folder.mkdir()
+        self.port, self.log, conf = port, folder / "error.log", folder / "nginx.conf"
+        kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        folders = "".join(f"{kind}_temp_path {folder}/{kind}; " for kind in kinds)
+        conf.write_text(
+            f"daemon off; user root; pid {folder}/pid; events {{ }}\n"  # unless root, it stays us
+            f"http {{ access_log off; {folders}\n{http} }}\n"
+        )
+        self.command = ["nginx", "-p", str(folder), "-e", str(self.log), "-c", str(conf)]
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self.command)
+        wait_for(self.listens)
+
+    def listens(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text()
+        with socket.socket() as sock:
+            return sock.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def stop(self) -> None:
+        """Let it finish what it is doing: mirrored requests, too."""
+        self.process.send_signal(signal.SIGQUIT)
+        self.process.wait(timeout=20)
+
+
+async def ask(port: int, target: str, method: str = "GET", body: str = "") -> tuple[int, str]:
+    """Send a request whose target nobody tidies up; the answer's status and body."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = f"{method} {target} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    writer.write(f"{head}Connection: close\r\n\r\n{body}".encode())
+    answer, _, content = (await reader.read()).decode().partition("\r\n\r\n")
+    writer.close()
+    return int(answer.split()[1]), content
+
+
+@dataclass
+class Site:
+    """A site that exists already, behind nginx, which tells the tracker of each visit."""
+
+    redis: RedisServer
+    tracker: Server
+    nginx: Nginx
+    files: int  # port of a second site, with an index and an error page
+
+    async def counts(self) -> Counter[str]:
+        """Of the site's URLs, when the tracker has counted all that nginx tells it."""
+        await asyncio.to_thread(self.nginx.stop)
+        await settled(self.tracker)
+        await asyncio.to_thread(self.nginx.start)
+        return Counter({url.removeprefix("/api"): n for url, n in self.redis.counts().items()})
+
+
+@pytest.fixture
+def site(tmp_path: Path, redis_server: RedisServer) -> Iterator[Site]:
+    port, files, old = free_port(), free_port(), free_port()
+    with Server(tmp_path / "log", redis_server.url) as tracker:
+        ports = {80: port, 5000: tracker.port, 8000: old}
+        conf = with_ports(block("README.md", "nginx", "mirror "), ports)
+        pasted = conf[conf.index("    mirror ") : conf.rindex("}")]
+        (tmp_path / "index.html").touch()
+        (tmp_path / "404.html").touch()
+        site = f'server {{ listen 127.0.0.1:{old}; location / {{ return 200 "the site"; }} }}'
+        more = f"server {{ listen 127.0.0.1:{files}; root {tmp_path}; error_page 404 /404.html;"
+        nginx = Nginx(tmp_path / "nginx", port, f"{conf} {site} {more} {pasted} }}")
+        found = Site(redis_server, tracker, nginx, files)
+        yield found
+        nginx.stop()
+        found.tracker.__exit__()
+
+
+async def test_a_mirrored_site_is_counted_and_no_visitor_notices_a_dead_tracker(
+    site: Site, tmp_path: Path
+) -> None:
+    async with Load(site.nginx.port) as up:
+        await up.more(2000)
+    assert await site.counts() == up.answered
+    async with Load(site.nginx.port) as load:
+        site.tracker.__exit__()
+        await load.more(2000)
+        log, port = tmp_path / "again", str(site.tracker.port)
+        site.tracker = await asyncio.to_thread(Server(log, site.redis.url, PORT=port).__enter__)
+        await load.more(500)
+    async with Load(site.nginx.port) as again:
+        await again.more(500)
+    for each in (up, load, again):
+        assert not each.failed + each.unknown
+        assert each.slowest < 3  # on a busy machine
+    print(f"slowest visit: {up.slowest:.3f} s, tracker killed and started: {load.slowest:.3f} s")
+    counts = await site.counts() - up.answered
+    assert again.answered <= counts <= load.answered + again.answered
+    site.redis.check_index()
+
+
+async def test_a_visit_to_a_mirrored_site_waits_for_a_tracker_that_hangs_at_most_its_timeout(
+    site: Site,
+) -> None:
+    site.tracker.process.send_signal(signal.SIGSTOP)
+    started = time.monotonic()
+    assert await ask(site.nginx.port, "/") == (200, "the site")
+    async with Load(site.nginx.port) as load:
+        pass
+    assert time.monotonic() - started > 0.3, "it did not hang"
+    print(f"{load.answered.total()} visits, slowest {load.slowest:.3f} s")
+    assert load.slowest < 3  # 0.2 s, on a busy machine more
+    assert not load.failed + load.unknown
+
+
+async def test_a_visit_counts_once_under_the_url_as_the_visitor_spelled_it(site: Site) -> None:
+    spelled = {"/": "/", "/a?x=/b/": "/a/", "/x//y": "/x//y/", "//x": "//x/", "/a%2Fb": "/a/b/",
+        "/%C3%A9": "/é/", "/e/../f/": "/e/../f/", "/g/%2E%2e": "/g/../", "/%FF": "/%FF/",
+        "/%0A": "/\n/", "/+%2B": "/++/", "/api/a": "/api/a/", "/" + "x" * 2042: f"/{'x' * 2042}/",
+    }  # fmt: skip
+    for target in spelled:
+        for method, body in ("GET", ""), ("HEAD", ""), ("POST", "12345"), ("PURGE", ""):
+            assert (await ask(site.nginx.port, target, method, body))[0] == 200
+    assert (await ask(site.nginx.port, "/-/count"))[0] == 404  # nobody counts from outside
+    for path, status in ("/?1", 200), ("/none", 404):  # in files: index and error page
+        assert (await ask(site.files, path))[0] == status
+    expected = Counter(dict.fromkeys(spelled.values(), 4)) + Counter(["/", "/none/"])
+    assert await site.counts() == expected
+    assert "uninitialized" not in site.nginx.log.read_text()
+
+
+@dataclass
+class Pairs:
+    redis: list[RedisServer]
+    servers: list[Server]
+    nginx: Nginx
+
+    async def merged(self) -> tuple[int | None, list[dict[str, Any]]]:
+        """What the documented command returns and prints."""
+        if not shutil.which("jq"):
+            missing("jq")
+        ports = {5001: self.servers[0].port, 5002: self.servers[1].port}
+        command = "set -o pipefail\n" + with_ports(block("docs/operations.md", "sh", "jq"), ports)
+        code, printed = await run("bash", "-c", command)
+        return code, [json.loads(line) for line in printed.splitlines()]
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Iterator[Pairs]:
+    with contextlib.ExitStack() as stack:
+        redis, servers = list[RedisServer](), list[Server]()
+        for name in "12":
+            (tmp_path / name).mkdir()
+            redis.append(RedisServer(tmp_path / name))
+            stack.callback(redis[-1].kill)
+            stack.callback(redis[-1].client.close)
+            process = Server(tmp_path / f"log{name}", redis[-1].url, MAX_TEST_REQUESTS="0")
+            servers.append(stack.enter_context(process))
+        ports = {80: free_port(), 5001: servers[0].port, 5002: servers[1].port}
+        conf = with_ports(block("docs/operations.md", "nginx", "hash "), ports)
+        nginx = Nginx(tmp_path / "nginx", ports[80], conf)
+        stack.callback(nginx.stop)
+        yield Pairs(redis, servers, nginx)
+
+
+PIECES = """
+    a b / // . .. %2e %2E%2e %2F %2f %25 %25FF %FF %C3%A9 %C3 %A9 %C3%C3%A9 %25C3%A9 %C3%25A9
+    %E0%A4%85 %E4%BD %ED%A0%80 %F0%9F%90%8D %F0%9F%90 %F4%8F%BF%BF %0A %0D %20 + %2B %3F %23 %61 A
+    api stats ~ \\ %5C : ; %7F %80 %C0%80 %01 = & %2525 %25%32%35 %25%46F /api/"""
+TRAPS = ["/api/", "/api/../a", "/api/b/../../c", "/api/a//", "/api/%0A", "/api/%FF", "/api/%25FF"]
+
+
+class Spellings(Load):
+    """Clients that spell a few hundred URLs in many ways; a URL is what the server says it is."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(port)
+        self.rng, self.spelled = random.Random(1), dict[str, set[str]]()
+        picks = (self.rng.choices(PIECES.split(), k=self.rng.randint(0, 5)) for _ in range(400))
+        self.paths = TRAPS + ["/api/" + "".join(pick) for pick in picks]
+
+    def target(self, number: int) -> str:
+        path = re.sub("%..|[^%/]", self.respelled, self.rng.choice(self.paths))
+        return path + self.rng.choice(["", "", "/", "?q=1", "/?q=/"])
+
+    def respelled(self, token: re.Match[str]) -> str:
+        spelling, chance = token[0], self.rng.random()
+        if len(spelling) == 1:
+            return f"%{ord(spelling):02x}" if chance < 0.15 else spelling
+        if chance < 0.2 and spelling in ("%FF", "%C3", "%A9"):
+            return f"%25{spelling[1:]}"  # another URL, or by the server's rules the same
+        return spelling.upper() if chance < 0.6 else spelling.lower()
+
+    def url(self, target: str, body: bytes) -> str:
+        url: str = json.loads(body)["url"]
+        self.spelled.setdefault(url, set()).add(target)
+        return url
+
+
+async def test_pairs_count_exactly_and_a_url_has_one_home_however_it_is_spelled(
+    pairs: Pairs,
+) -> None:
+    port = pairs.nginx.port
+    async with Spellings(port) as load:
+        await load.more(1500)
+        pairs.redis[0].kill()
+        await load.more(500)
+        await asyncio.sleep(1.2)  # by then its server waits no more
+        await load.more(500)
+        await asyncio.to_thread(pairs.redis[0].start)
+        await load.more(500)
+    for each in pairs.servers:
+        await settled(each)
+    print(f"{load.answered.total()} hits, slowest {load.slowest:.2f} s")
+    assert not load.failed + load.unknown
+    assert load.slowest < 3  # on a busy machine
+    first, second = (each.counts() for each in pairs.redis)
+    assert not [load.spelled[url] for url in first.keys() & second.keys()]
+    assert first | second == load.answered
+    assert min(len(first), len(second)) > 50
+
+    for url, targets in list(load.spelled.items())[:150]:
+        for target in list(targets)[:3]:
+            status, body = await ask(port, f"/stats{target}")
+            assert (status, json.loads(body)["count"]) == (200, load.answered[url]), target
+    rows = sorted(load.answered.items(), key=lambda row: (row[1], row[0]), reverse=True)
+    assert await pairs.merged() == (0, [{"count": n, "url": url} for url, n in rows])
+
+    assert (await ask(port, "/test/5/", "POST"))[0] == 403
+    pairs.servers[1].__exit__()
+    assert {(await ask(port, f"/api/{n}"))[0] for n in range(20)} == {200, 502}
+    code, rows_of_one = await pairs.merged()
+    assert (code != 0, rows_of_one) == (True, [])
 
 
 # --- The README -----------------------------------------------------------------------------------
