@@ -56,6 +56,7 @@ from hiredis import pack_command
 from prometheus_client.aiohttp import make_aiohttp_handler
 from prometheus_client.multiprocess import MultiProcessCollector
 from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.connection import parse_url
 from yarl import URL
 
 try:
@@ -93,7 +94,7 @@ def read_settings(arguments: list[str]) -> argparse.Namespace:
     settings = parser.parse_args(arguments)
     try:
         RedisStore(settings.redis_url or DEFAULT_REDIS_URL, 0)
-    except (ValueError, TypeError):  # their words may quote a part of the password
+    except Exception:  # no client can be made of it; the words may quote a part of the password
         shown = PASSWORD.sub("***", settings.redis_url)
         parser.error(f"argument --redis-url: REDIS_URL is {shown!r}: use redis://host:6379/0")
     return settings
@@ -118,7 +119,8 @@ def whole_number(name: str, text: str, span: range, limit: str = "") -> int:
 Rows = list[tuple[str, int]]  # URL and count
 OTHER = "(other)"
 SHARED = ("url_rank", "url_total", "url_schema", f"url_count:{OTHER}")
-PAGE = 1000  # URLs read or written in one go: a few milliseconds of Redis's time
+PAGE = 1000  # URLs written in one go: a few milliseconds of Redis's time
+LIST_PAGE = 200  # URLs read in one go: at most 3 MB, which a client may leave unread
 NO_ANSWER = "no answer in time"  # asyncio's TimeoutError has no words
 
 # KEYS: url_commit:<instance>, the SHARED ones, url_count:<url>... ARGV: sequence number, MAX_URLS,
@@ -162,14 +164,13 @@ class RedisStore:
     """Counts in Redis; where that fails raises redis.RedisError. A wrong url is a ValueError."""
 
     def __init__(self, url: str, max_urls: int) -> None:
-        # RESP2: with RESP3 the pool hands out connections that Redis has closed (redis-py #4252).
         url.index("://")  # a ValueError; redis-py would take the host to be localhost
-        pool = BlockingConnectionPool.from_url(url, max_connections=16, timeout=1, protocol=2)
         limits = {"socket_timeout": 1, "socket_connect_timeout": 1}
-        pool.connection_kwargs |= {"protocol": 2, "decode_responses": False} | limits
+        # RESP2: with RESP3 the pool hands out connections that Redis has closed (redis-py #4252).
+        options: dict[str, Any] = {**parse_url(url), "protocol": 2, "decode_responses": False}
+        pool = BlockingConnectionPool(max_connections=16, timeout=5, **options | limits)
         self.redis = Redis.from_pool(pool)
-        # Commits have a connection of their own: no crowd of readers holds one up, and without the
-        # client around it a commit takes half the CPU time. Who uses it sets the time limit.
+        # Commits have a connection of their own, so that readers cannot hold them up.
         self.writer = pool.connection_class(**pool.connection_kwargs | dict.fromkeys(limits))
         self.lists = asyncio.Semaphore(8)  # pages read at a time: other readers have the rest
         self.state, self.instance, self.script = "connected", os.urandom(8).hex(), b""
@@ -193,7 +194,7 @@ class RedisStore:
         cursor, pages = b"0", 0
         while not whole:  # commits of 0 hits: no harm if another server does it too, or if we die
             async with asyncio.timeout(60):
-                scan = ("MATCH", "url_count:*", "COUNT", PAGE, "TYPE", "string")
+                scan = ("MATCH", "url_count:?*", "COUNT", PAGE, "TYPE", "string")
                 cursor, keys = await self.call("SCAN", cursor, *scan)
                 urls = [key[len("url_count:") :].decode(errors="surrogateescape") for key in keys]
                 await self.commit(0, dict.fromkeys(urls, 0))
@@ -226,8 +227,8 @@ class RedisStore:
 
     async def ranked(self, offset: int, limit: int) -> AsyncIterator[Rows]:
         """Pages of (url, count), most requested first, equal counts by descending URL."""
-        for start in range(offset, offset + limit, PAGE):
-            last = min(start + PAGE, offset + limit) - 1
+        for start in range(offset, offset + limit, LIST_PAGE):
+            last = min(start + LIST_PAGE, offset + limit) - 1
             async with self.lists:  # first come, first served, so no list starves another
                 rows: Any = await self.redis.zrevrange("url_rank", start, last, withscores=True)
             if not rows:
@@ -235,8 +236,9 @@ class RedisStore:
             yield [(url.decode(errors="replace"), int(hits)) for url, hits in rows]
 
     async def aclose(self) -> None:
-        await self.writer.disconnect()
-        await self.redis.aclose()
+        await self.writer.disconnect(nowait=True)  # a Redis that hangs may not hold up the end
+        with suppress(redis.RedisError):
+            await self.redis.aclose()
 
 
 class MemoryStore:
@@ -581,7 +583,7 @@ async def metrics(request: web.Request) -> web.StreamResponse:
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:  # prometheus-client's way to add up processes
         registry = prometheus.CollectorRegistry()
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-    response = await make_aiohttp_handler(registry)(request)
+    response = await make_aiohttp_handler(registry)(request.clone(headers={}))  # Accept can fail
     response.headers.update(NOSNIFF)
     return response
 
@@ -620,8 +622,7 @@ async def connect(settings: argparse.Namespace, managed: bool) -> tuple[Store, s
         if managed:
             return store, reason
         await store.aclose()
-        answered = type(error) not in (TimeoutError, redis.ConnectionError)  # "wrong password", say
-        if settings.redis_url or answered:
+        if settings.redis_url or type(error) not in (TimeoutError, redis.ConnectionError):
             sys.exit(f"server.py: {reason}")
         log.warning("no redis, counts are lost on exit", error=reason)
         return MemoryStore(settings.max_urls), ""
@@ -665,9 +666,8 @@ async def create_app(settings: argparse.Namespace | None = None) -> web.Applicat
 
 def configure_logging() -> None:
     """One event a line on standard error: for people on a terminal, else JSON."""
-    steps, show = structlog.processors, structlog.dev.plain_traceback
-    console = structlog.dev.ConsoleRenderer(exception_formatter=show)
-    render = console if sys.stderr.isatty() else steps.JSONRenderer()
+    steps = structlog.processors
+    render = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else steps.JSONRenderer()
     chain = (steps.add_log_level, steps.TimeStamper("iso"), steps.format_exc_info, render)
     structlog.configure(chain, logger_factory=structlog.stdlib.LoggerFactory())
     logging.basicConfig(format="%(message)s", level=logging.INFO)  # survives a full disk
@@ -694,7 +694,8 @@ def end_on_signals(loop: asyncio.AbstractEventLoop) -> None:
 def main() -> None:
     settings = read_settings(sys.argv[1:])
     configure_logging()
-    with suppress(NameError, ValueError):  # Windows has none; macOS promises more than it gives
+    with suppress(AttributeError, NameError, OSError, ValueError):  # where a system has it not
+        os.set_blocking(2, True)  # or the log may lose lines
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # one open file a client
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     gc.set_threshold(20_000)  # requests leave no cycles: the collector would take 3 % of the time
@@ -704,7 +705,7 @@ def main() -> None:
     options["print"] = lambda text: log.info("started", page=text.split()[3])
     try:
         web.run_app(create_app(settings), host=settings.host, port=settings.port, **options)  # type: ignore[arg-type]
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         other = f"HOST={settings.host} PORT={settings.port}: {error}"
         taken = f"port {settings.port} is in use: set PORT to another"
         sys.exit(f"server.py: {taken if 'in use' in str(error) else other}")
