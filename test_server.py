@@ -723,7 +723,7 @@ async def test_start_over_takes_every_key_of_ours_and_no_other(redis_server: Red
     store = await opened(redis_server)
     await store.commit(1, dict.fromkeys(["/api/a/", "/api/a\nb/", "/api/\0 '\"\\ü/", "\udcff"], 1))
     await store.aclose()
-        assert "redis-cli --no-raw --scan --pattern 'url_*' | sed" in (HERE / document).read_text()
+    redis_server.client.set("other:url_count:", "7")
     command = block("docs/operations.md", "sh", "--scan")
     command = command.replace("redis-cli", f"redis-cli -p {redis_server.port}")
     assert await run("bash", "-c", command) == (0, "")
