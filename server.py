@@ -120,7 +120,7 @@ Rows = list[tuple[str, int]]  # URL and count
 OTHER = "(other)"
 SHARED = ("url_rank", "url_total", "url_schema", f"url_count:{OTHER}")
 PAGE = 1000  # URLs written in one go: a few milliseconds of Redis's time
-LIST_PAGE = 200  # URLs read in one go: at most 3 MB, which a client may leave unread
+LIST_PAGE = 200  # URLs read in one go: a client that stops reading keeps one such page in memory
 NO_ANSWER = "no answer in time"  # asyncio's TimeoutError has no words
 
 # KEYS: url_commit:<instance>, the SHARED ones, url_count:<url>... ARGV: sequence number, MAX_URLS,
