@@ -1,7 +1,7 @@
 FROM python:3.13-slim
 
-# 0.0.0.0, because a container's own 127.0.0.1 is out of everybody's reach. UNBUFFERED: logs at once.
-ENV HOST=0.0.0.0 PORT=5000 PYTHONUNBUFFERED=1
+# 0.0.0.0, because a container's own 127.0.0.1 is out of everybody's reach.
+ENV HOST=0.0.0.0 PORT=5000
 WORKDIR /app
 
 # The packages before the source: they change less often, so their layer is kept.
