@@ -31,7 +31,6 @@ if __name__ == "__main__":  # before the slow imports: a container's first proce
 
 import argparse
 import asyncio
-import gc
 import json
 import logging
 import random
@@ -698,7 +697,6 @@ def main() -> None:
         os.set_blocking(2, True)  # or the log may lose lines
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # one open file a client
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    gc.set_threshold(20_000)  # requests leave no cycles: the collector would take 3 % of the time
     loop = new_event_loop()
     end_on_signals(loop)
     options: dict[str, Any] = SERVING | {"backlog": 1024, "handle_signals": False, "loop": loop}
