@@ -332,7 +332,7 @@ class GroupCommit:
                 await self.wake.wait()
                 timer.cancel()
             self.wake.clear()
-            waiters, self.waiters, owed = self.waiters, [], len(self.held) or 1
+            waiters, self.waiters, owed = self.waiters, [], len(self.held) or 1  # 1: a question
             try:
                 async with asyncio.timeout(PATIENCE):
                     while owed > 0:
@@ -435,7 +435,7 @@ async def send(urls: Iterator[str], to: URL, workers: int, app: web.Application)
     ok, failed = status["200"], status.total() - status["200"] + errors.total()
     report: dict[str, Any] = {"ok": ok, "failed": failed, "duration_s": round(seconds, 3)}
     report |= {"requests_per_s": round(len(ms) / seconds, 1), "latency_ms": summary(sorted(ms))}
-    return report | {"status": +status, "errors": errors, "unique_urls": len(requested)}
+    return report | {"status": status, "errors": errors, "unique_urls": len(requested)}
 
 
 def summary(ms: list[float]) -> dict[str, float]:
@@ -456,7 +456,6 @@ SETTINGS = web.AppKey("settings", argparse.Namespace)
 COMMITS = web.AppKey("commits", GroupCommit)
 PROGRESS = web.AppKey("progress", dict[str, int])  # of the test run, empty while there is none
 STOPPING = web.AppKey("stopping", asyncio.Event)
-COUNTED = web.RequestKey("counted", str)  # the URL
 LABELS = ("method", "route", "code")
 SECONDS = prometheus.Histogram("http_request_duration_seconds", "Time", LABELS, buckets=BUCKETS)
 seconds_of = lru_cache(1024)(SECONDS.labels)  # labels() by itself is slow
@@ -470,8 +469,7 @@ async def count_and_guard(request: web.Request, handler: Handler) -> web.StreamR
         if handler is api:  # not by the path: /api%2Fx is a 404
             if len(request.path) > 2048:
                 raise web.HTTPRequestURITooLong(text="a path has at most 2048 characters")
-            request[COUNTED] = url = request.path if request.path[-1] == "/" else request.path + "/"
-            await request.app[COMMITS].hit(url)
+            await request.app[COMMITS].hit(with_slash(request.path))
         response = await handler(request)
     except web.HTTPException as error:
         text = NOT_HERE if error.text == "404: Not Found" else error.text
@@ -494,11 +492,14 @@ def answer(data: object, status: int = 200, headers: Mapping[str, str] = HEADERS
     return web.Response(body=f"{json.dumps(data)}\n".encode(), status=status, headers=headers)
 
 
+def with_slash(path: str) -> str:
+    return path if path[-1] == "/" else path + "/"
+
+
 async def api(request: web.Request) -> web.Response:
     # Not json.dumps(), which takes longer to find the encoder than to encode.
-    return web.Response(
-        body=f'{{"url": {json_string(request[COUNTED])}}}\n'.encode(), headers=HEADERS
-    )
+    url = json_string(with_slash(request.path))
+    return web.Response(body=f'{{"url": {url}}}\n'.encode(), headers=HEADERS)
 
 
 async def stats(request: web.Request) -> web.Response:
@@ -522,8 +523,7 @@ async def json_list(rows: Rows, pages: AsyncIterator[Rows]) -> AsyncIterator[byt
 
 
 async def stats_of_url(request: web.Request) -> web.Response:
-    url = request.path.removeprefix("/stats")
-    url += "" if url[-1] == "/" else "/"
+    url = with_slash(request.path.removeprefix("/stats"))
     found = await request.app[COMMITS].store.find(url)
     if not found:
         raise web.HTTPNotFound(text=f"{url} was never requested")

@@ -149,7 +149,6 @@ class RedisServer:
         self.stack, self.folder, self.port = stack, folder, free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.client: Any = redis.Redis.from_url(self.url, protocol=2, decode_responses=True)
-
         stack.callback(self.client.close)
         self.start()
 
@@ -365,7 +364,7 @@ async def test_a_page_is_asked_for_in_ascii_digits(client: Client, name: str, va
 
 
 async def test_the_whole_list_is_one_list_however_long(client: Client) -> None:
-    """Streamed in pages of 1,000; the seams do not show."""
+    """Streamed in pages; the seams do not show."""
     store = commits_of(client).store
     urls = {f"/api/{n}/": n % 7 + 1 for n in range(server.PAGE * 2 + 1)}
     await store.commit(9, urls)
@@ -1658,7 +1657,7 @@ def test_a_containers_first_process_heeds_a_signal_before_it_serves(stack: ExitS
     """There SIGTERM has no default action, so it must be handled before the slow imports."""
     if subprocess.run(["unshare", "--pid", "--fork", "true"], capture_output=True).returncode:
         missing("the right to unshare")
-    code = "import sys, time; sys.argv = ['server.py']; exec(open('server.py').read())"
+    code = "import sys; sys.argv = ['server.py']; exec(open('server.py').read())"
     command = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-c", code]
     process = launched(stack, command, env={"PORT": "0", "REDIS_URL": NO_REDIS})
     wait_for(lambda: children(process))
