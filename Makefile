@@ -6,7 +6,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run run-local test soak picture bench lint up down redis-server wrk
+.PHONY: help setup run run-local test soak picture hashes bench lint up down redis-server wrk
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 14
@@ -27,6 +27,9 @@ soak: $(VENV)/dev redis-server  ## ten minutes of random faults under load
 picture: $(VENV)/dev  ## take the picture of the live page again (needs chromium)
 	PICTURES=docs $(VENV)/bin/python -m pytest -m picture -k page
 
+hashes: $(VENV)/run  ## write the hashes of the page's style and script into its policy
+	$(VENV)/bin/python tools/page_hashes.py
+
 bench:  ## measure every number in the docs (QUICK=1: in a minute, for a glance)
 	@$(MAKE) --no-print-directory $(VENV)/dev redis-server wrk >&2
 	@$(VENV)/bin/python bench.py
@@ -34,7 +37,8 @@ bench:  ## measure every number in the docs (QUICK=1: in a minute, for a glance)
 lint: $(VENV)/dev  ## check style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy server.py test_server.py bench.py
+	$(VENV)/bin/mypy *.py tests/*.py
+	MYPYPATH=. $(VENV)/bin/mypy tools/*.py
 
 up:  ## start the server and Redis in containers
 	docker compose up --build

@@ -1,405 +1,465 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["aiohttp==3.14.5", "prometheus-client==0.26.0", "redis[hiredis]==8.1.0",
-#   "structlog==26.1.0", "uvloop==0.23.0; sys_platform != 'win32'"]
+#   "structlog==26.1.0", "uvloop==0.23.0"]
 # ///
 """Request Statistics Tracker: counts every request under /api/ by URL path, in Redis.
 
     any method /api/...   200 {"url": "/api/products/123/"}, the URL as counted
-    GET /stats/           [{"count": 2, "url": "/api/products/123/"}, ...], most requested first;
-                          ?limit= and ?offset= page it; X-Total-Count is the number of URLs
-    GET /stats/api/...    one URL: {"count": 2, "url": "/api/products/123/", "rank": 1}, or 404
+    GET /stats/           [{"count": 2, "url": "/api/products/123/"}, ...], most requested
+                          first; ?limit= and ?offset= page it, ?day= takes one UTC day
+                          (today, yesterday or 2026-11-26), ?contains= the URLs that have
+                          a text in them. X-Total-Count and X-Total-Hits are the totals
+                          of the day or of all time; a search gives no X-Total-Count
+    GET /stats/api/...    one URL: {"count": 2, "url": "/api/products/123/", "rank": 1},
+                          or 404; ?day= likewise
     POST /test/<n>/       sends n random requests to this server and reports on them;
                           ?seed= repeats a run, ?concurrency= is 1 to 256 (32)
     GET /health           {"status": "healthy", "redis": "connected", ...}, or 503
     GET /metrics, GET /   figures for Prometheus; the live page
 
-A request counts once, when it arrives, under its decoded path (at most 2,048 characters) with a
-trailing slash. Its answer means that the hit is in Redis or, while Redis is away, held in memory
-(100,000 URLs or 64 MB of them) until it is back. Errors are JSON: {"error": "what is wrong, and
-what would be right"}. A list read while counts change can repeat or miss a URL.
+A request counts once, under its decoded path (at most 2,048 characters) with a trailing
+slash. Its answer means that the hit is in Redis or, while Redis is away, held in memory
+(64 MB of URLs) until it is back. Its day is that on which Redis gets it. Errors are JSON:
+{"error": "what is wrong, and what would be right"}. A list that is read while counts
+change can repeat or miss a URL.
 """
 
-import os
-import signal
-import sys
-
-if sys.version_info < (3, 11):  # noqa: UP036
-    sys.exit("server.py: Python 3.11 or newer is needed")
-if __name__ == "__main__":  # before the slow imports: a container's first process ignores SIGTERM
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+from __future__ import annotations
 
 import argparse
 import asyncio
 import json
 import logging
+import math
+import os
 import random
 import re
+import resource
+import signal
+import socket
+import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
 from functools import lru_cache, partial
-from itertools import islice, takewhile
 from json.encoder import encode_basestring_ascii as json_string
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias
 
 import aiohttp
 import prometheus_client as prometheus
 import redis
 import structlog
+import uvloop
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 from hiredis import pack_command
-from prometheus_client.aiohttp import make_aiohttp_handler
-from prometheus_client.multiprocess import MultiProcessCollector
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import BlockingConnectionPool, Connection, Redis
+from redis.asyncio.client import Pipeline
 from redis.asyncio.connection import parse_url
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from yarl import URL
 
-try:
-    import resource
-
-    from uvloop import new_event_loop
-except ImportError:  # Windows
-    from asyncio import new_event_loop  # type: ignore[assignment]
+__version__ = "2.0.0"
 
 log: structlog.types.FilteringBoundLogger = structlog.get_logger()
 
-# --- Configuration --------------------------------------------------------------------------------
-# Read once, by main() or by create_app(). A bad value ends the start with one line that names it.
 
-ANY = range(10**15 + 1)
-DEFAULT_REDIS_URL = "redis://localhost:6379/0"
-PASSWORD = re.compile(r"(?s)(?<=//).*(?=@)|^(?!\w+://).*(?=@)|(?<=password=)[^&]*")
-OPTIONS = [  # variable, default, numbers allowed, line of --help
-    ("HOST", "127.0.0.1", None, "127.0.0.1; 0.0.0.0 listens to the network"),
-    ("PORT", "5000", range(65_536), "5000; 0 takes any free one"),
-    ("REDIS_URL", "", None, f"unset: {DEFAULT_REDIS_URL} if it answers, else memory"),
-    ("MAX_TEST_REQUESTS", "100000", ANY, "100000 in one test run; 0 turns /test/ off"),
-    ("MAX_URLS", "10000000", ANY[1:], '10000000; beyond them a new URL counts as "(other)"'),
+@lru_cache(1000)  # called again with the same words, it does nothing
+def log_once(event: str, **facts: str) -> None:
+    log.error(event, **facts)
+
+
+# --- Settings ---------------------------------------------------------------------------
+# main() reads them once. Other programs give create_app() a Settings of their own.
+
+LOCAL_REDIS = "redis://localhost:6379/0"
+NO_LIMIT = 10**15
+STARTED = time.monotonic()
+
+
+@dataclass(frozen=True)
+class Settings:
+    host: str = "127.0.0.1"
+    port: int = 5000
+    redis_url: str = ""
+    max_test_requests: int = 100_000
+    max_urls: int = 10_000_000
+    keep_days: int = 7
+
+
+OPTIONS = [  # setting, its lowest and highest number, what --help says of it
+    ("host", None, "127.0.0.1; 0.0.0.0 listens to the network, :: by IPv6, too"),
+    ("port", (0, 65_535), "5000; 0 takes any free one"),
+    ("redis_url", None, f"unset: {LOCAL_REDIS} if it can be used, else memory"),
+    ("max_test_requests", (0, NO_LIMIT), "100000 in one test run; 0 turns /test/ off"),
+    ("max_urls", (1, NO_LIMIT), '10000000; beyond them a new URL counts as "(other)"'),
+    ("keep_days", (0, 36_500), "7 days of which the list is kept; 0 keeps none"),
 ]
 
 
-def read_settings(arguments: list[str]) -> argparse.Namespace:
-    """Flags, else environment variables (an empty one is unset), else defaults."""
-    parser = argparse.ArgumentParser("server.py", argparse.SUPPRESS, __doc__)  # no usage line
+def read_settings(arguments: list[str]) -> Settings:
+    """From flags, else the environment, else the defaults. What is wrong exits with 2."""
+    parser = argparse.ArgumentParser("server.py", usage=argparse.SUPPRESS, description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    for name, default, span, text in OPTIONS:
-        flag, value = "--" + name.lower().replace("_", "-"), os.environ.get(name) or default
-        kind = partial(whole_number, name, span=span) if span else str
-        parser.add_argument(flag, metavar=name, default=value, type=kind, help=text)
-    settings = parser.parse_args(arguments)
+    parser.allow_abbrev = False
+    parser.add_argument("--version", action="version", version=__version__)
+    for name, limits, meaning in OPTIONS:
+        flag = "--" + name.replace("_", "-")
+        variable = name.upper()
+        default = os.environ.get(variable) or getattr(Settings, name)
+        kind = partial(whole_number, variable, limits) if limits else str
+        parser.add_argument(flag, metavar=variable, default=default, type=kind, help=meaning)
+    known, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        # Names only: what stands beside them may be a REDIS_URL with its password.
+        names = [word for word in unknown if re.fullmatch("--[a-z_-]+", word)]
+        parser.error(f"not known: {', '.join(names) or 'an argument'}; --help lists what is")
     try:
-        RedisStore(settings.redis_url or DEFAULT_REDIS_URL, 0)
-    except Exception:  # no client can be made of it; the words may quote a part of the password
-        shown = PASSWORD.sub("***", settings.redis_url)
-        parser.error(f"argument --redis-url: REDIS_URL is {shown!r}: use redis://host:6379/0")
-    return settings
+        # Making a store connects to nothing, but finds out whether the address is one.
+        RedisStore(known.redis_url or LOCAL_REDIS, max_urls=0, keep_days=0)
+    except Exception:  # not with redis-py's words, which may quote a part of the password
+        parser.error("argument --redis-url: REDIS_URL is no address like redis://host:6379/0")
+    return Settings(**vars(known))
 
 
-def whole_number(name: str, text: str, span: range, limit: str = "") -> int:
-    """The number that text spells in ASCII digits. Raises ArgumentTypeError."""
-    if not re.fullmatch("[0-9]{1,16}", text) or int(text) not in span:
-        wanted = f", {span[0]} or more" if span[-1] == ANY[-1] else f" from {span[0]} to {span[-1]}"
-        raise argparse.ArgumentTypeError(f"{name} is {text!r}: use a whole number{wanted}{limit}")
-    return int(text)
+def whole_number(name: str, limits: tuple[int, int], text: str) -> int:
+    """The number that text spells in ASCII digits. Raises argparse.ArgumentTypeError."""
+    lowest, highest = limits
+    if re.fullmatch("[0-9]{1,16}", text) and lowest <= int(text) <= highest:
+        return int(text)
+    # A text with other signs is not shown: it may be a REDIS_URL in the wrong place.
+    shown = repr(text) if re.fullmatch(r"[\w.+-]{0,40}", text) else "no number"
+    error = f"{name} is {shown}: use a whole number from {lowest} to {highest}"
+    raise argparse.ArgumentTypeError(error)
 
 
-# --- Stores ---------------------------------------------------------------------------------------
-# Redis and memory answer to the same methods; nobody else knows which one it is. Keys in Redis:
-#   url_count:<url>        the count, raised by INCRBY: the truth
-#   url_rank               sorted set of the URLs, scored with the count itself, so it cannot drift
-#   url_total              the sum of url_rank
-#   url_schema             1 (the version of this layout) when url_rank has every URL, else 0
-#   url_commit:<instance>  the last sequence number applied for one server, for 24 hours
+# --- Middleware and handlers ------------------------------------------------------------
+# Every request passes the one middleware. A handler parses, asks the store, answers.
 
-Rows = list[tuple[str, int]]  # URL and count
-OTHER = "(other)"
-SHARED = ("url_rank", "url_total", "url_schema", f"url_count:{OTHER}")
-PAGE = 1000  # URLs written in one go: a few milliseconds of Redis's time
-LIST_PAGE = 200  # URLs read in one go: a client that stops reading keeps one such page in memory
-NO_ANSWER = "no answer in time"  # asyncio's TimeoutError has no words
+COMMITS: web.AppKey[GroupCommit] = web.AppKey("commits")
+SETTINGS: web.AppKey[Settings] = web.AppKey("settings")
+# The run under way, if any. A list, because a started application takes no new values.
+TEST_RUNS: web.AppKey[list[TestRun]] = web.AppKey("test_runs")
 
-# KEYS: url_commit:<instance>, the SHARED ones, url_count:<url>... ARGV: sequence number, MAX_URLS,
-# hits of each URL. Returns whether url_rank has every URL, then keys that cannot count, and why.
-# Redis does not undo a script that fails half-way. So everything that it may refuse (no right, no
-# memory, read-only) is tried without effect before the number is recorded; then nothing raises.
-# A number that was seen before adds nothing, but gets the same reply: the first one was lost.
-COMMIT = """
-local urls, total = redis.call('ZCARD', KEYS[2]), redis.call('GET', KEYS[3])
-local whole = redis.call('GET', KEYS[4]) == '1' and (urls > 0 or total == '0')
-local seen, sequence = tonumber(redis.call('GET', KEYS[1]) or 0), tonumber(ARGV[1])
-if #KEYS > 5 or sequence == 0 or sequence > seen then  -- not for a mere question
-  redis.call('SET', KEYS[1], seen, 'EX', 86400)
-  redis.call('ZADD', KEYS[2], 'XX', 0, '')
-  redis.call('ZSCORE', KEYS[2], '')
-  redis.call('EXISTS', KEYS[5])
-  redis.call('INCRBY', KEYS[1], math.max(sequence - seen, 0))
-  if urls == 0 and total ~= '0' then redis.call('SET', KEYS[3], 0) end
-  if not whole then redis.call('SET', KEYS[4], 0) end
-end
-local prefix, room, added, reply = #'url_count:', ARGV[2] - urls, 0, {whole and 1 or 0}
-for i = 6, #KEYS do  -- the hits of KEYS[6] are ARGV[3]
-  local key, hits = KEYS[i], sequence > seen and ARGV[i - 3] or 0
-  local new = room < #KEYS and redis.call('EXISTS', key) == 0
-  if new then room = room - 1 end
-  if new and room < 0 then key = KEYS[5] end
-  local count, url = redis.pcall('INCRBY', key, hits), key:sub(prefix + 1)
-  if type(count) == 'number' then
-    added = added + count - (redis.call('ZSCORE', KEYS[2], url) or 0)
-    redis.call('ZADD', KEYS[2], count, url)
-  else
-    reply[#reply + 1], reply[#reply + 2] = key, count.err
-  end
-end
-redis.pcall('INCRBY', KEYS[3], added)
-return reply
-"""
+Store: TypeAlias = "RedisStore | MemoryStore"
+Rows = list[tuple[str, int]]  # URL and count, most requested first
+Pages = AsyncIterator[Rows]  # of 200 rows at most
+ALL_TIME = ""  # stands where a day like "2026-11-26" could
+MAX_PATH = 2048  # characters
+NOSNIFF = {"X-Content-Type-Options": "nosniff"}
+HEADERS = {**NOSNIFF, "Content-Type": "application/json", "Cache-Control": "no-store"}
+RETRY_LATER = {"Retry-After": "1"}
+NOT_HERE = "nothing is here: paths that start with /api/ are counted, /stats/ lists them"
 
 
-class RedisStore:
-    """Counts in Redis; where that fails raises redis.RedisError. A wrong url is a ValueError."""
-
-    def __init__(self, url: str, max_urls: int) -> None:
-        url.index("://")  # a ValueError; redis-py would take the host to be localhost
-        limits = {"socket_timeout": 1, "socket_connect_timeout": 1}
-        # RESP2: with RESP3 the pool hands out connections that Redis has closed (redis-py #4252).
-        options: dict[str, Any] = {**parse_url(url), "protocol": 2, "decode_responses": False}
-        pool = BlockingConnectionPool(max_connections=16, timeout=5, **options | limits)
-        self.redis = Redis.from_pool(pool)
-        # Commits have a connection of their own, so that readers cannot hold them up.
-        self.writer = pool.connection_class(**pool.connection_kwargs | dict.fromkeys(limits))
-        self.lists = asyncio.Semaphore(8)  # pages read at a time: other readers have the rest
-        self.state, self.instance, self.script = "connected", os.urandom(8).hex(), b""
-        self.max_urls, self.refused = max_urls, set[bytes]()
-
-    async def call(self, *command: Any) -> Any:
-        """What Redis replies to one command, sent on the writer's connection."""
-        try:
-            await self.writer.send_packed_command(pack_command(command))
-            return await self.writer.read_response()
-        except redis.ResponseError:  # from a demoted primary? Its address may lead elsewhere now
-            await self.writer.disconnect()
-            await self.redis.connection_pool.disconnect(inuse_connections=False)
-            raise
-
-    async def open(self, patience: float) -> None:
-        """See whether Redis counts, and whether url_rank has every URL; if not, index them all."""
-        async with asyncio.timeout(patience):
-            self.script = await self.call("SCRIPT", "LOAD", COMMIT)
-            whole = await self.commit(0, {})
-        cursor, pages = b"0", 0
-        while not whole:  # commits of 0 hits: no harm if another server does it too, or if we die
-            async with asyncio.timeout(60):
-                scan = ("MATCH", "url_count:?*", "COUNT", PAGE, "TYPE", "string")
-                cursor, keys = await self.call("SCAN", cursor, *scan)
-                urls = [key[len("url_count:") :].decode(errors="surrogateescape") for key in keys]
-                await self.commit(0, dict.fromkeys(urls, 0))
-                pages, whole = pages + 1, cursor == b"0"
-                if pages % 100 == 0 or (whole and pages + len(urls) > 1):
-                    log.info("indexing counts", pages=pages, done=whole)
-                if whole:
-                    await self.call("SET", "url_schema", 1)
-
-    async def commit(self, sequence: int, hits: Mapping[str, int]) -> bool:
-        """Add hits {url: n}, unless this sequence was added before or is 0. Is url_rank whole?"""
-        urls = [f"url_count:{url}".encode(errors="surrogateescape") for url in hits]
-        keys = (f"url_commit:{self.instance}", *SHARED, *urls)
-        arguments = (sequence, self.max_urls, *hits.values())
-        whole, *refused = await self.call("EVALSHA", self.script, len(keys), *keys, *arguments)
-        for key, error in zip(refused[::2], refused[1::2], strict=True):
-            if key not in self.refused:  # once is enough
-                self.refused.add(key)
-                log.error("cannot count", key=key.decode(errors="replace"), error=error.decode())
-        return bool(whole)
-
-    async def totals(self) -> tuple[int, int]:
-        return int(await self.redis.get("url_total") or 0), await self.redis.zcard("url_rank")
-
-    async def find(self, url: str) -> tuple[int, int] | None:
-        """Count and rank (1 for the most requested) of one URL."""
-        hits = await self.redis.zscore("url_rank", url)
-        ahead = cast(int | None, await self.redis.zrevrank("url_rank", url))
-        return None if hits is None or ahead is None else (int(hits), ahead + 1)
-
-    async def ranked(self, offset: int, limit: int) -> AsyncIterator[Rows]:
-        """Pages of (url, count), most requested first, equal counts by descending URL."""
-        for start in range(offset, offset + limit, LIST_PAGE):
-            last = min(start + LIST_PAGE, offset + limit) - 1
-            async with self.lists:  # first come, first served, so no list starves another
-                rows: Any = await self.redis.zrevrange("url_rank", start, last, withscores=True)
-            if not rows:
-                return
-            yield [(url.decode(errors="replace"), int(hits)) for url, hits in rows]
-
-    async def aclose(self) -> None:
-        await self.writer.disconnect(nowait=True)  # a Redis that hangs may not hold up the end
-        with suppress(redis.RedisError):
-            await self.redis.aclose()
+class StoreError(Exception):
+    """The store cannot do this now. The text says why; the client gets a 503 with it."""
 
 
-class MemoryStore:
-    """The same methods on a dictionary."""
-
-    def __init__(self, max_urls: int) -> None:
-        self.state, self.instance = "in-memory", ""
-        self.max_urls, self.counts = max_urls, Counter[str]()
-
-    async def open(self, patience: float) -> None: ...
-
-    async def commit(self, sequence: int, hits: Mapping[str, int]) -> bool:
-        for url, n in hits.items():
-            fits = url in self.counts or len(self.counts) < self.max_urls
-            self.counts[url if fits else OTHER] += n
-        return True
-
-    async def totals(self) -> tuple[int, int]:
-        return self.counts.total(), len(self.counts)
-
-    async def find(self, url: str) -> tuple[int, int] | None:
-        me = (self.counts[url], url)
-        ahead = sum((n, other) > me for other, n in self.counts.items())
-        return (me[0], ahead + 1) if me[0] else None
-
-    async def ranked(self, offset: int, limit: int) -> AsyncIterator[Rows]:
-        rows = sorted(self.counts.items(), key=lambda row: (row[1], row[0]), reverse=True)
-        yield rows[offset : offset + limit]
-
-    async def aclose(self) -> None: ...
-
-
-# --- Group commit ---------------------------------------------------------------------------------
-# The middleware awaits hit(). One INCR a request would cost more than the rest of the request, so
-# hits are committed in rounds, and the next round fills while one is under way. No timer: an idle
-# server commits at once, a busy one in rounds that grow with the load (DeWitt et al., SIGMOD 1984).
-
-Store = RedisStore | MemoryStore
-PATIENCE = 1.0  # seconds that a round may take: requests wait for it
-MAX_PATIENCE = 8.0  # seconds that an attempt may take while no request waits
-MAX_BACKLOG, MAX_BACKLOG_BYTES = 100_000, 64 * 2**20  # URLs held while the store is away
-FULL, RETRY_AFTER = "too many URLs wait for Redis: try again later", {"Retry-After": "1"}
-BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)  # seconds
-HITS = prometheus.Counter("url_hits", "Hits committed")
-PENDING = prometheus.Gauge("url_hits_pending", "Hits not committed", multiprocess_mode="livesum")
-COMMIT_SECONDS = prometheus.Histogram("url_commit_seconds", "Time to commit", buckets=BUCKETS)
-UP = prometheus.Gauge("redis_up", "1 while the store answers", multiprocess_mode="livemin")
+@web.middleware
+async def count_and_guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Count a request under /api/, answer errors in JSON, note how long it took."""
+    began = time.perf_counter()
+    try:
+        # As this is the only middleware, handler is the very function of the route. To
+        # look at the path would be wrong: /api%2Fx is /api/x once decoded, but a 404.
+        if handler is api:
+            if len(request.path) > MAX_PATH:
+                text = f"a path has at most {MAX_PATH} characters"
+                raise web.HTTPRequestURITooLong(text=text)
+            await request.app[COMMITS].hit(with_slash(request.path))
+        response = await handler(request)
+    except web.HTTPNotFound:
+        response = answer({"error": NOT_HERE}, 404)
+    except web.HTTPException as error:
+        told = f"use {error.headers['Allow']} here" if error.status == 405 else error.text
+        response = answer({"error": told}, error.status, error.headers)
+    except StoreError as error:
+        response = answer({"error": str(error)}, 503, RETRY_LATER)
+    except Exception:
+        log.exception("unexpected error", path=str(request.rel_url))
+        response = answer({"error": "unexpected error: the server's log has it"}, 500)
+    method = request.method if request.method in hdrs.METH_ALL else "OTHER"
+    route = ROUTE_NAMES.get(handler, "none")  # none: a 404 or 405
+    seconds_of(method, route, response.status).observe(time.perf_counter() - began)
+    return response
 
 
-class GroupCommit:
-    """Counts every hit in a store exactly once, until aclose()."""
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)  # s
+REQUESTS = prometheus.Histogram(
+    "http_request_duration_seconds",
+    "Time from the arrival of a request to its answer",
+    ("method", "route", "code"),
+    buckets=BUCKETS,
+)
+# Cached, for labels() takes as long as observe().
+seconds_of = lru_cache(1024)(REQUESTS.labels)
 
-    def __init__(self, store: Store, away: str) -> None:
-        self.store, self.away = store, away  # "" while the store answers, else why it does not
-        self.held: dict[str, int] = {}  # hits of each URL, not sent
-        self.sent: dict[str, int] = {}  # sent under this sequence, not confirmed: perhaps applied
-        self.sequence, self.size = 1, 0  # size: bytes of what is held, while the store is away
-        self.waiters: list[asyncio.Future[None]] = []
-        self.wake, self.loop = asyncio.Event(), asyncio.get_running_loop()
-        self.started, self.task = self.loop.time(), self.loop.create_task(self.run())
+
+def with_slash(path: str) -> str:
+    return path if path[-1] == "/" else path + "/"
+
+
+def answer(
+    data: object, status: int = 200, more_headers: Mapping[str, str] | None = None
+) -> web.Response:
+    text = json.dumps(data) + "\n"
+    headers = {**(more_headers or {}), **HEADERS}
+    return web.Response(body=text.encode(), status=status, headers=headers)
+
+
+async def api(request: web.Request) -> web.Response:
+    # Not json.dumps(), which takes longer to find its encoder than to encode one string.
+    url = json_string(with_slash(request.path))
+    return web.Response(body=f'{{"url": {url}}}\n'.encode(), headers=HEADERS)
+
+
+async def stats(request: web.Request) -> web.Response:
+    refuse_unknown(request, ("limit", "offset", "day", "contains"))
+    limit = number(request.query, "limit", default=NO_LIMIT)
+    offset = number(request.query, "offset", default=0)
+    text = request.query.get("contains", "")
+    day = day_asked_for(request)
+    store = store_of(request)
+    hits, urls = await store.totals(day)
+    headers = {**HEADERS, "X-Total-Hits": str(hits)}
+    if text:
+        pages = matching(store.ranked(day, 0, NO_LIMIT), text, offset, limit)
+    else:
+        headers["X-Total-Count"] = str(urls)
+        pages = store.ranked(day, offset, limit)
+    # One page is read before the headers go out: until then a failure can be a 503. The
+    # others are read while the list is sent. So HEAD, which sends none, reads no more.
+    first: Rows = await anext(pages, [])
+    return web.Response(body=json_list(request, first, pages), headers=headers)
+
+
+async def matching(pages: Pages, text: str, offset: int, limit: int) -> Pages:
+    """Of the rows whose URL has the text, upper or lower case, skip some and pass on some."""
+    wanted = text.casefold()
+    async for rows in pages:
+        found = [(url, count) for url, count in rows if wanted in url.casefold()]
+        passed = found[offset : offset + limit]
+        yield passed  # also if it is empty: json_list() sees then whether the client has gone
+        offset = max(0, offset - len(found))
+        limit -= len(passed)
+        if not limit:
+            return
+
+
+async def json_list(request: web.Request, first: Rows, more: Pages) -> AsyncIterator[bytes]:
+    """The list, a page at a time. If this raises, aiohttp breaks the connection off."""
+    yield b"[" + json_rows(first)
+    separator = b", " if first else b""
+    async for rows in more:
+        if request.transport is None:  # the client has gone
+            return
+        if rows:
+            yield separator + json_rows(rows)
+            separator = b", "
+    yield b"]\n"
+
+
+def json_rows(rows: Rows) -> bytes:
+    objects = (f'{{"count": {count}, "url": {json_string(url)}}}' for url, count in rows)
+    return ", ".join(objects).encode()
+
+
+async def stats_of_url(request: web.Request) -> web.Response:
+    refuse_unknown(request, ("day",))
+    day = day_asked_for(request)
+    url = with_slash(request.path.removeprefix("/stats"))
+    found = await store_of(request).find(day, url)
+    if not found:
+        return answer({"error": f"{url} was not requested"}, 404)
+    count, rank = found
+    return answer({"count": count, "url": url, "rank": rank})
+
+
+OTHER_SITE = """a page of another site may not start a test run (behind a proxy this site looks
+like another one, unless the proxy passes the Host header on: in nginx, $http_host)"""
+
+
+async def test(request: web.Request) -> web.Response:
+    refuse_unknown(request, ("seed", "concurrency"))
+    most = request.app[SETTINGS].max_test_requests
+    if not most:
+        raise web.HTTPForbidden(text="test runs are off: MAX_TEST_REQUESTS is 0")
+    if from_another_site(request.headers):
+        raise web.HTTPForbidden(text=OTHER_SITE)
+    n = number(request.match_info, "n", default=1, limits=(1, most))
+    concurrency = number(request.query, "concurrency", default=32, limits=(1, 256))
+    seed = number(request.query, "seed", default=random.randrange(10**9))
+    runs = request.app[TEST_RUNS]
+    if runs:
+        text = "wait: a test run is under way"
+        raise web.HTTPTooManyRequests(text=text, headers=RETRY_LATER)
+    segments, urls = random_urls(n, seed)
+    run = TestRun(n, urls)
+    runs.append(run)
+    # The socket that this came by: a Host header could aim the run at somebody else.
+    host, port, *_ = request.get_extra_info("sockname")
+    try:
+        report = await run.send(URL.build(scheme="http", host=host, port=port), concurrency)
+    finally:
+        runs.remove(run)
+    return answer({**report, "concurrency": concurrency, "seed": seed, "segments": segments})
+
+
+def from_another_site(headers: Mapping[str, str]) -> bool:
+    """Whether a page of another site made a browser send this. As in Go's net/http."""
+    site = headers.get("Sec-Fetch-Site")
+    if site:
+        return site not in ("same-origin", "none")
+    host = headers.get("Host")
+    return headers.get("Origin") not in (None, f"http://{host}", f"https://{host}")
+
+
+async def health(request: web.Request) -> web.Response:
+    commits = request.app[COMMITS]
+    settings = request.app[SETTINGS]
+    report: dict[str, object] = {
+        "status": "healthy",
+        "redis": "in-memory" if isinstance(commits.store, MemoryStore) else commits.state,
+        "pending": commits.pending,
+        "uptime_s": round(time.monotonic() - STARTED, 1),
+        "version": __version__,
+        "keep_days": settings.keep_days,
+        "max_test_requests": settings.max_test_requests,
+    }
+    for run in request.app[TEST_RUNS]:
+        report["test_run"] = {"requested": run.requested, "done": run.done}
+    try:
+        report["hits"], report["urls"] = await store_of(request).totals(ALL_TIME)
+        return answer(report)
+    except StoreError as error:
+        report["status"] = "unhealthy"
+        report["error"] = str(error)
+        return answer(report, 503, RETRY_LATER)
+
+
+async def metrics(request: web.Request) -> web.Response:
+    headers = {**HEADERS, "Content-Type": prometheus.CONTENT_TYPE_LATEST}
+    return web.Response(body=prometheus.generate_latest(), headers=headers)
+
+
+PAGE = Path(__file__).resolve().with_name("dashboard.html")
+
+
+async def live_page(request: web.Request) -> web.StreamResponse:
+    if not PAGE.exists():
+        return answer({"error": "put dashboard.html beside server.py: it is the live page"}, 404)
+    policy = {"Content-Security-Policy": "frame-ancestors 'none'", "Cache-Control": "no-cache"}
+    return web.FileResponse(PAGE, headers={**NOSNIFF, **policy})
+
+
+def store_of(request: web.Request) -> Store:
+    """The store, for a reader. While it is away this raises, so that no reader has to wait."""
+    commits = request.app[COMMITS]
+    if commits.away:
+        raise StoreError(commits.reason)
+    return commits.store
+
+
+def refuse_unknown(request: web.Request, known: tuple[str, ...]) -> None:
+    unknown = request.query.keys() - set(known)
+    if unknown:
+        text = f"{min(unknown)!r} is not known: use {', '.join(known)}"
+        raise web.HTTPBadRequest(text=text)
+
+
+def number(
+    given: Mapping[str, str], name: str, default: int, limits: tuple[int, int] = (0, NO_LIMIT)
+) -> int:
+    try:
+        return whole_number(name, limits, given[name]) if name in given else default
+    except argparse.ArgumentTypeError as error:
+        raise web.HTTPBadRequest(text=str(error)) from None
+
+
+def day_asked_for(request: web.Request) -> str:
+    """A UTC day, as in 2026-11-26; without a ?day= it is ALL_TIME."""
+    day = request.query.get("day")
+    if day is None:
+        return ALL_TIME
+    if day == "today":
+        return utc_day()
+    if day == "yesterday":
+        return utc_day(ago=1)
+    with suppress(ValueError):
+        if str(date.fromisoformat(day)) == day:  # not 20261126
+            return day
+    raise web.HTTPBadRequest(text=f"day is {day!r}: use today, yesterday or 2026-11-26")
+
+
+ROUTES = [  # each with its name in /metrics
+    (web.get("/", live_page), "/"),
+    (web.get("/stats{slash:/?}", stats), "/stats/"),
+    (web.get("/stats{url:/api/(?s:.*)}", stats_of_url), "/stats/api/..."),
+    (web.post("/test/{n}{slash:/?}", test), "/test/<n>/"),
+    (web.get("/health{slash:/?}", health), "/health"),
+    (web.get("/metrics{slash:/?}", metrics), "/metrics"),
+    (web.route("*", "/api/{tail:(?s:.*)}", api), "/api/..."),  # ?s: %0A counts, too
+]
+ROUTE_NAMES = {route.handler: name for route, name in ROUTES}
+
+# --- Synthetic traffic ------------------------------------------------------------------
+# POST /test/<n>/ makes a TestRun, which sends real requests to this server.
+
+
+class TestRun:
+    """N requests, and what became of them."""
+
+    def __init__(self, n: int, urls: Iterator[str]) -> None:
+        self.requested = n
+        self.urls = urls
+        self.answered: set[str] = set()
+        self.latencies: list[float] = []  # ms, one for each answer
+        self.status: Counter[str] = Counter()
+        self.errors: Counter[str] = Counter()
 
     @property
-    def pending(self) -> int:
-        return sum(self.held.values()) + sum(self.sent.values())
+    def done(self) -> int:
+        return len(self.latencies) + self.errors.total()
 
-    def hit(self, url: str) -> asyncio.Future[None]:
-        """Count one request. Done when the hit is in the store; while that is away, at once."""
-        if url not in self.held:
-            full = len(self.held) + len(self.sent) >= MAX_BACKLOG or self.size >= MAX_BACKLOG_BYTES
-            if self.away and full and url not in self.sent:
-                raise web.HTTPServiceUnavailable(text=FULL, headers=RETRY_AFTER)
-            self.size += sys.getsizeof(url) if self.away else 0
-            if not self.held:
-                self.wake.set()
-            self.held[url] = 0
-        self.held[url] += 1
-        waiter = self.loop.create_future()  # one a request, so cancelling it leaves the others
-        if self.away:
-            waiter.set_result(None)
-        else:
-            self.waiters.append(waiter)
-        return waiter
+    async def send(self, server: URL, concurrency: int) -> dict[str, object]:
+        """Send them all, and report."""
+        began = time.perf_counter()
+        no_limit = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(server, connector=no_limit) as session:
+            await asyncio.gather(*(self.work(session) for _ in range(concurrency)))
+        seconds = time.perf_counter() - began
+        return {
+            "requested": self.requested,
+            "ok": self.status["200"],
+            "failed": self.requested - self.status["200"],
+            "duration_s": round(seconds, 3),
+            "requests_per_s": round(len(self.latencies) / seconds, 1),
+            "latency_ms": summary(sorted(self.latencies)),
+            "status": self.status,
+            "errors": self.errors,
+            "unique_urls": len(self.answered),
+        }
 
-    async def run(self) -> None:
-        """Commit what is held, then answer the requests that wait for it; again and again."""
-        while True:
-            UP.set(not self.away)
-            if self.away:
-                await self.outlast()
-            if not self.held:
-                timer = self.loop.call_later(1, self.wake.set)  # to ask an idle store how it is
-                await self.wake.wait()
-                timer.cancel()
-            self.wake.clear()
-            waiters, self.waiters, owed = self.waiters, [], len(self.held) or 1  # 1: a question
+    async def work(self, session: aiohttp.ClientSession) -> None:
+        """What one worker does. All of them draw from one iterator, until it is empty."""
+        for url in self.urls:
+            began = time.perf_counter()
             try:
-                async with asyncio.timeout(PATIENCE):
-                    while owed > 0:
-                        owed -= len(await self.commit()) or 1
-            except Exception as error:  # whatever it is, no hit may be lost
-                self.away = str(error) or NO_ANSWER
-                waiters, self.waiters = waiters + self.waiters, []  # from now on nobody waits
-            for waiter in waiters:
-                if not waiter.done():  # cancelled
-                    waiter.set_result(None)
-            PENDING.set(self.pending)
-
-    async def outlast(self) -> None:
-        """Hold hits until the store answers quickly and has all but a page of them."""
-        log.error("redis is away, hits are held", error=self.away)
-        lost, patience, n = self.loop.time(), PATIENCE, 0
-        while self.away:
-            patience = min(2 * patience, MAX_PATIENCE)
-            self.size = sum(map(sys.getsizeof, self.held))
-            try:
-                await self.store.open(patience)  # it may have come back empty, or without its index
-                began = self.loop.time()
-                async with asyncio.timeout(patience):
-                    n += sum((await self.commit()).values())
-                if len(self.held) <= PAGE and self.loop.time() - began < PATIENCE / 2:
-                    self.away = ""
-            except Exception as error:
-                self.away = str(error) or NO_ANSWER
-                PENDING.set(self.pending)
-                await asyncio.sleep(0.1)
-        log.info("redis is back", hits=n + self.pending, seconds=round(self.loop.time() - lost, 1))
-
-    async def commit(self) -> dict[str, int]:
-        """Send the next slice, or the unconfirmed one again; without hits, ask how the store is."""
-        if not self.sent:
-            self.sent = self.slice()
-            self.sequence += bool(self.sent)
-        with COMMIT_SECONDS.time():
-            await self.store.commit(self.sequence, self.sent)
-        sent, self.sent = self.sent, {}
-        HITS.inc(sum(sent.values()))
-        return sent
-
-    def slice(self) -> dict[str, int]:
-        """Take the oldest hits, 100,000 characters at most: a slow link must get them through."""
-        urls = list(islice(self.held, PAGE))
-        fit = 100_000 // max(map(len, urls), default=1)
-        return {url: self.held.pop(url) for url in urls[:fit]}
-
-    async def aclose(self) -> None:
-        """Commit what is left; log what cannot be."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(2):
-                while self.pending:
-                    await asyncio.sleep(0.01)
-        self.task.cancel()
-        await asyncio.wait([self.task])
-        if self.sent:  # applied, if url_commit:<instance> has reached the sequence
-            sent = {"instance": self.store.instance, "sequence": self.sequence, "sent": self.sent}
-            log.error("hits not committed", hits=sum(self.sent.values()), **sent)
-        while held := self.slice():
-            log.error("hits not committed", hits=sum(held.values()), held=held)
-
-
-# --- Synthetic traffic ----------------------------------------------------------------------------
-# POST /test/<n>/ requests random URLs from the very socket that it came in by: a Host header or a
-# setting could aim the traffic at somebody else.
+                async with session.get(url, allow_redirects=False) as response:
+                    await response.read()
+            except (aiohttp.ClientError, TimeoutError) as error:
+                self.errors[type(error).__name__] += 1
+            else:
+                self.latencies.append((time.perf_counter() - began) * 1000)
+                self.status[str(response.status)] += 1
+                self.answered.add(url)
 
 
 def random_urls(n: int, seed: int) -> tuple[list[str], Iterator[str]]:
@@ -410,303 +470,618 @@ def random_urls(n: int, seed: int) -> tuple[list[str], Iterator[str]]:
     return segments, (f"/api/{'/'.join(path)}/" for path in paths)
 
 
-async def send(urls: Iterator[str], to: URL, workers: int, app: web.Application) -> dict[str, Any]:
-    """Request the URLs, fewer if the server is told to stop, and report."""
-    ms, requested, status, errors = list[float](), set[str](), Counter[str](), Counter[str]()
-
-    async def work() -> None:
-        for url in takewhile(lambda _: not app[STOPPING].is_set(), urls):
-            began = time.perf_counter()
-            try:
-                async with session.get(url, allow_redirects=False) as response:
-                    await response.read()
-                ms.append((time.perf_counter() - began) * 1000)
-                status[str(response.status)] += 1
-                requested.add(url)
-            except (aiohttp.ClientError, TimeoutError) as error:
-                if not app[STOPPING].is_set():  # a server that stops takes no new connections
-                    errors[type(error).__name__] += 1
-            app[PROGRESS]["done"] += 1
-
-    began = time.perf_counter()
-    async with aiohttp.ClientSession(to, connector=aiohttp.TCPConnector(limit=0)) as session:
-        await asyncio.gather(*(work() for _ in range(workers)))
-    seconds = time.perf_counter() - began
-    ok, failed = status["200"], status.total() - status["200"] + errors.total()
-    report: dict[str, Any] = {"ok": ok, "failed": failed, "duration_s": round(seconds, 3)}
-    report |= {"requests_per_s": round(len(ms) / seconds, 1), "latency_ms": summary(sorted(ms))}
-    return report | {"status": status, "errors": errors, "unique_urls": len(requested)}
-
-
 def summary(ms: list[float]) -> dict[str, float]:
-    """Of sorted latencies; percentiles are nearest-rank: N % took pN or less."""
-    ranks = {f"p{p}": ms[(len(ms) * p - 1) // 100] for p in (50, 95, 99) if ms}
-    ends = {"min": ms[0], "mean": sum(ms) / len(ms), **ranks, "max": ms[-1]} if ms else {}
-    return {name: round(figure, 1) for name, figure in ends.items()}
+    """Of sorted latencies. Percentiles are nearest-rank: N % took pN or less."""
+    if not ms:
+        return {}
+    figures = {"min": ms[0], "mean": sum(ms) / len(ms)}
+    for percent in (50, 95, 99):
+        rank = math.ceil(len(ms) * percent / 100)
+        figures[f"p{percent}"] = ms[rank - 1]
+    figures["max"] = ms[-1]
+    return {name: round(figure, 1) for name, figure in figures.items()}
 
 
-# --- Middleware and handlers ----------------------------------------------------------------------
-# Every request passes the one middleware. Handlers are plain: parse, ask the store, answer.
+# --- Group commit -----------------------------------------------------------------------
+# The middleware awaits hit(). One INCR a request would cost more than the rest of the
+# request. So hits collect in a batch while the batch before them is on its way to the
+# store. No timer delays a hit: an idle server commits at once, a busy one in batches that
+# grow with the load (DeWitt et al., Implementation Techniques for Main Memory Database
+# Systems, 1984).
 
-NOSNIFF = {"X-Content-Type-Options": "nosniff"}
-HEADERS = NOSNIFF | {"Content-Type": "application/json"}
-UNUSABLE = (redis.RedisError, ValueError, OverflowError)  # the last two: a count is "x" or "inf"
-NOT_HERE = "nothing is here: paths that start with /api/ are counted, /stats/ lists the counts"
-SETTINGS = web.AppKey("settings", argparse.Namespace)
-COMMITS = web.AppKey("commits", GroupCommit)
-PROGRESS = web.AppKey("progress", dict[str, int])  # of the test run, empty while there is none
-STOPPING = web.AppKey("stopping", asyncio.Event)
-LABELS = ("method", "route", "code")
-SECONDS = prometheus.Histogram("http_request_duration_seconds", "Time", LABELS, buckets=BUCKETS)
-seconds_of = lru_cache(1024)(SECONDS.labels)  # labels() by itself is slow
+ROUND_PATIENCE = 1.0  # seconds for a whole round, because requests wait for it
+CALL_PATIENCE = 8.0  # seconds for one command: the only limit while the store is away
+SLICE_BYTES = 128 * 1024  # less than 1,000 URLs, which Redis counts in a few milliseconds
+BACKLOG_BYTES = 64 * 1024 * 1024
+URL_OVERHEAD = 80  # bytes that a held URL takes beside its text
+
+HITS = prometheus.Counter("url_hits", "Hits that the store has counted")
+PENDING = prometheus.Gauge("url_hits_pending", "Hits that the store has not confirmed yet")
+URLS = prometheus.Gauge("url_keys", "URLs in the list of all time")
+UP = prometheus.Gauge("url_redis_up", "1 while commits succeed, 0 while hits are held")
+COMMIT_SECONDS = prometheus.Histogram(
+    "url_commit_seconds", "Time until the store has confirmed a slice", buckets=BUCKETS
+)
 
 
-@web.middleware
-async def count_and_guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Count a request under /api/, answer errors in JSON, note how long it took."""
-    began = time.perf_counter()
+class GroupCommit:
+    """Counts every hit in a store exactly once, or logs why it cannot. For async with."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        # A hit goes through these three, each {url: hits}.
+        self.open_batch: dict[str, int] = {}  # takes new hits
+        self.batch: dict[str, int] = {}  # is closed, and being committed in slices
+        self.sent: dict[str, int] = {}  # a slice on its way: the store may have it or not
+        self.sequence = 0  # number of that slice, or of the last one
+        self.pending = 0  # hits in all three
+        self.bytes = 0  # taken by the URLs in open_batch and batch
+        self.waiters: list[asyncio.Future[None]] = []  # for batch, then for open_batch
+        self.wake = asyncio.Event()  # the open batch has got a hit
+        self.away = True  # until the first round has succeeded. While it is, nobody waits
+        self.state = "disconnected"  # what /health says: or "refuses" or "connected"
+        self.reason = "not asked yet"  # why it is away
+        self.told = ""  # which state the log names, if it says that the store is away
+        self.held = 0  # hits that came while it was away
+        PENDING.set_function(lambda: self.pending)
+        UP.set_function(lambda: not self.away)
+
+    async def __aenter__(self) -> GroupCommit:
+        self.task = asyncio.create_task(self.run())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Commit what is left, for two seconds at most. What remains goes to the log."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(2):
+                while self.pending:
+                    await asyncio.sleep(0.01)
+        self.task.cancel()
+        await asyncio.wait([self.task])
+        self.log_pending()
+
+    def hit(self, url: str) -> asyncio.Future[None]:
+        """Add a hit. Done when the store has it or, while that is away, at once."""
+        self.add(url)
+        waiter: asyncio.Future[None] = asyncio.Future()  # of this request alone
+        if self.away:
+            self.held += 1
+            waiter.set_result(None)
+        else:
+            self.waiters.append(waiter)
+        return waiter
+
+    def add(self, url: str) -> None:
+        """Put a hit into a batch. Raises StoreError when there is no room for its URL."""
+        # A URL that is in the closed batch can be counted there, which saves memory. But
+        # only while the store is away: at other times the request would wait for the next
+        # batch, although its hit is in this one.
+        batch = self.batch if self.away and url in self.batch else self.open_batch
+        if url not in batch:
+            is_new = url not in self.sent
+            if self.bytes >= BACKLOG_BYTES and is_new:
+                raise StoreError("too many URLs wait for Redis: try again later")
+            batch[url] = 0
+            self.bytes += size_of(url)
+            self.wake.set()
+        batch[url] += 1
+        self.pending += 1
+
+    async def run(self) -> None:
+        """One round after another, for as long as the server runs."""
+        while True:
+            if not self.away and not self.open_batch:
+                self.wake.clear()
+                with suppress(TimeoutError):  # after a second ask the store how it is
+                    async with asyncio.timeout(1):
+                        await self.wake.wait()
+            was_away = self.away
+            try:
+                async with asyncio.timeout(None if self.away else ROUND_PATIENCE):
+                    await self.commit_round()
+            except Exception as error:  # whatever it is, no hit may be lost
+                self.hold(error)
+            if was_away and self.away:  # the first time it tries again at once
+                await asyncio.sleep(0.1)
+
+    async def commit_round(self) -> None:
+        """Commit all that is held, then answer the requests that wait for it."""
+        if self.away:
+            await self.store.open()
+            self.state = "connected"
+            self.reason = "it answers again, and gets the hits that were held"
+        elif not self.open_batch:
+            await self.store.ping()
+        began = time.monotonic()
+        await self.commit_batch()  # what a failure has left of the last one
+        self.batch = self.open_batch
+        self.open_batch = {}
+        waiting = len(self.waiters)  # for this batch; more may come, for the next one
+        await self.commit_batch()
+        self.release(waiting)
+        # Requests can wait again once a round that carried everything was quick.
+        if self.away and time.monotonic() - began < ROUND_PATIENCE / 2:
+            event = "redis is back" if self.told else "counting"
+            log.info(event, where=self.store.where, held=self.held)
+            self.away = False
+            self.told = ""
+            self.held = 0
+
+    def hold(self, error: Exception) -> None:
+        """The store has failed. From now on hits are held, and nobody waits."""
+        self.away = True
+        self.state = "refuses" if isinstance(error, REFUSALS) else "disconnected"
+        self.reason = str(error) or "no answer in time"  # a TimeoutError has no words
+        if self.told != self.state:
+            event = "redis refuses" if self.state == "refuses" else "redis is away"
+            log.error(f"{event}, hits are held", where=self.store.where, error=self.reason)
+            self.told = self.state
+        self.release(len(self.waiters))
+
+    def release(self, n: int) -> None:
+        """Let the first n requests that wait be answered."""
+        for waiter in self.waiters[:n]:
+            if not waiter.done():  # it is when its request was cancelled
+                waiter.set_result(None)
+        del self.waiters[:n]
+
+    async def commit_batch(self) -> None:
+        while self.sent or self.batch:
+            # A slice that was not confirmed goes again, under the number that it had. By
+            # the number the store can tell, and counts it once.
+            if not self.sent:
+                self.next_slice()
+            with COMMIT_SECONDS.time():
+                counted, urls = await self.store.commit(self.sequence, self.sent)
+            self.pending -= sum(self.sent.values())  # the log names those that cannot count
+            self.sent = {}
+            HITS.inc(counted)
+            URLS.set(urls)
+            if urls >= self.store.max_urls:
+                log_once('MAX_URLS is reached: a new URL counts as "(other)"')
+
+    def next_slice(self) -> None:
+        size = 0
+        while self.batch and size < SLICE_BYTES:
+            url, hits = self.batch.popitem()
+            self.sent[url] = hits
+            size += size_of(url)
+        self.bytes -= size
+        self.sequence += 1
+
+    def log_pending(self) -> None:
+        """A line for each slice, with the number that it was or would have been sent under."""
+        for url, hits in self.open_batch.items():
+            self.batch[url] = self.batch.get(url, 0) + hits
+        while self.sent or self.batch:
+            if not self.sent:
+                self.next_slice()
+            line = {
+                "event": "hits not committed",
+                "level": "error",
+                "timestamp": datetime.now(UTC).isoformat(),
+                "instance": self.store.instance,
+                "sequence": self.sequence,
+                "hits": sum(self.sent.values()),
+                "urls": self.sent,
+            }
+            # Not log.error(): tools/recover.py needs JSON, also from a terminal.
+            logging.error(json.dumps(line))
+            self.sent = {}
+
+
+def size_of(url: str) -> int:
+    return sys.getsizeof(url) + URL_OVERHEAD
+
+
+# --- Stores -----------------------------------------------------------------------------
+# Redis and memory answer to the same methods. Keys in Redis:
+#   url_count:<url>         the count, raised by INCRBY: the truth
+#   url_rank                sorted set of the URLs, scored with the count itself
+#   url_total               the sum of url_rank
+#   url_rank:2026-11-26, url_total:2026-11-26   hits of one UTC day, for KEEP_DAYS days
+#   url_commit:<instance>   number of the last slice applied for one server, for 24 hours
+
+OTHER = "(other)"
+LIST_PAGE = 200  # URLs read at a time, so in memory for a client that stops reading
+REFUSALS = (redis.ResponseError, redis.AuthenticationError, redis.BusyLoadingError)
+REFUSED = prometheus.Counter("url_keys_refused", "Times that a key could not be raised")
+
+# KEYS: url_commit:<instance>, url_rank, url_total, url_count:(other), url_rank:<day>,
+# url_total:<day>, then url_count:<url> for each URL. ARGV: number of the slice, MAX_URLS,
+# seconds for which a day is kept, then the hits of each URL. Replies with the hits that were
+# counted, the number of URLs, and pairs of a key that could not be raised and the reason.
+COMMIT = """
+local commit, rank, total, other, day_rank, day_total = unpack(KEYS, 1, 6)
+local sequence, max_urls, keep = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local first_url = 7  -- its hits are ARGV[4]
+local refused = {}
+
+local function add(key, hits)
+  local count = redis.pcall('INCRBY', key, hits)
+  if type(count) == 'number' then return count end
+  table.insert(refused, {key, count.err})
+end
+
+-- Redis does not undo a script that fails half-way. So each command that is used below is
+-- tried first, in a way that changes no count. If Redis refuses (no right, no memory, a wrong
+-- type, a read-only replica), it does so here, before the number of the slice is noted.
+local seen = redis.call('INCRBY', commit, 0)
+redis.call('EXPIRE', commit, 24 * 60 * 60)
+redis.call('EXISTS', other)
+redis.call('ZADD', rank, 'XX', 0, '')
+if keep > 0 then redis.call('ZADD', day_rank, 'XX', 'INCR', 0, '') end
+local urls = redis.call('ZCARD', rank)
+local counted = 0
+
+-- This slice was counted before, but its reply was lost. Count nothing now, and work out the
+-- same reply: INCRBY by 0 fails for a key that failed then, and what is not there was (other).
+if sequence <= seen then
+  for i = first_url, #KEYS do
+    local known = redis.call('EXISTS', KEYS[i]) == 1
+    if not known or add(KEYS[i], 0) then counted = counted + ARGV[i - 3] end
+  end
+  return {counted, urls, refused}
+end
+
+-- Note the number. From here on the slice counts, and nothing raises.
+redis.call('INCRBY', commit, sequence - seen)
+local near_the_cap = urls + #KEYS > max_urls  -- only then it matters whether a URL is new
+local sum = 0
+for i = first_url, #KEYS do
+  local key, hits = KEYS[i], tonumber(ARGV[i - 3])
+  if near_the_cap and redis.call('EXISTS', key) == 0 then
+    if urls < max_urls then urls = urls + 1 else key = other end
+  end
+  local count = add(key, hits)
+  if count then
+    local url = key:sub(#'url_count:' + 1)
+    -- The total is the sum of the list. A URL that is new in the list adds its whole count,
+    -- because an earlier version of this program had counts, but no list.
+    local new = redis.call('ZADD', rank, count, url) == 1
+    sum = sum + (new and count or hits)
+    counted = counted + hits
+    if keep > 0 then redis.call('ZADD', day_rank, 'INCR', hits, url) end
+  end
+end
+add(total, sum)
+if keep > 0 then
+  add(day_total, counted)
+  redis.call('EXPIRE', day_rank, keep)
+  redis.call('EXPIRE', day_total, keep)
+end
+return {counted, redis.call('ZCARD', rank), refused}
+"""
+
+
+def address_of(url: str) -> dict[str, Any]:
+    """Where Redis is, as options for redis-py. Raises any exception if the URL is no good.
+
+    Other options that redis-py takes from a URL, such as time-outs, are left out.
+    """
+    # In a password that is not quoted redis-py can find a host, which would be shown.
+    if not re.fullmatch(r"\w+://([^@/?#]*@)?[^@?#]*(\?[^@#]*)?", url):
+        raise ValueError
+    place = ("connection_class", "host", "port", "path", "db", "username", "password")
+    tls = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname")
+    said: dict[str, Any] = {**parse_url(url)}
+    return {name: said[name] for name in place + tls if name in said}
+
+
+class RedisStore:
+    """Counts in Redis."""
+
+    def __init__(self, url: str, max_urls: int, keep_days: int) -> None:
+        address = address_of(url)
+        connection_class = address.pop("connection_class", Connection)
+        known = {"host": "localhost", "port": 6379, "db": 0} | address
+        self.where = address.get("path") or "{host}:{port}/{db}".format(**known)
+        self.max_urls = max_urls
+        self.keep_days = keep_days
+        self.instance = os.urandom(8).hex()
+        # Readers ask a second time, because firewalls forget idle connections. uvloop reports
+        # that as a RuntimeError.
+        broken: Any = (redis.ConnectionError, redis.TimeoutError, OSError, RuntimeError)
+        self.pool = BlockingConnectionPool(
+            connection_class=connection_class,
+            max_connections=16,
+            timeout=5,  # seconds that a reader waits for one of them
+            socket_timeout=1,
+            socket_connect_timeout=1,
+            retry=Retry(NoBackoff(), 1, broken),
+            protocol=2,  # with 3 redis-py hands out connections that Redis has closed (#4252)
+            **address,
+        )
+        self.redis = Redis.from_pool(self.pool)
+        self.list_slots = asyncio.Semaphore(8)  # half of the 16, so others get through
+        # Commits have a connection outside the pool, so that readers cannot hold them up. It
+        # needs no lock, as only GroupCommit's task uses it, for one command at a time. It
+        # connects by itself, and sends no command twice. When a command fails or is cancelled
+        # it closes, so that a late reply is never taken for that of the next command.
+        self.writer = connection_class(socket_timeout=None, protocol=2, **address)
+
+    async def call(self, *command: Any) -> Any:
+        """Redis's reply to a command of GroupCommit."""
+        try:
+            async with asyncio.timeout(CALL_PATIENCE):
+                await self.writer.send_packed_command(pack_command(command))
+                return await self.writer.read_response()
+        except RuntimeError as error:  # uvloop's, with an odd text
+            raise redis.ConnectionError("the connection was closed") from error
+
+    async def open(self) -> None:
+        """See whether Redis will take commits."""
+        # A replica may have taken over: connect again, to where the address leads now.
+        await self.writer.disconnect(nowait=True)
+        await self.pool.disconnect(inuse_connections=False)
+        await self.ping()  # before a password is given, Redis refuses long commands in odd words
+        _, urls = await self.commit(0, {})  # tries what Redis may refuse, and adds nothing
+        URLS.set(urls)
+        if not urls:
+            await self.look_for_counts()
+
+    async def look_for_counts(self) -> None:
+        """Look for them in 10,000 keys: a Redis may have a billion that are not ours."""
+        with suppress(redis.ResponseError):  # no right to look
+            scan = ("MATCH", "url_count:?*", "COUNT", 10_000)
+            _, counts = await self.call("SCAN", 0, *scan)
+            if counts:
+                log_once("counts without a list: run tools/reindex.py", where=self.where)
+
+    async def ping(self) -> None:
+        """See whether Redis is there. Not by PING, which a user may have no right to."""
+        try:
+            await self.call("EXISTS", "url_rank")
+        except redis.ConnectionError:  # closed while it was idle? A question may be repeated
+            await self.call("EXISTS", "url_rank")
+
+    async def commit(self, sequence: int, hits: Mapping[str, int]) -> tuple[int, int]:
+        """Add {url: hits}, once for each number. Returns hits counted, and number of URLs."""
+        day = utc_day()
+        shared = ["url_rank", "url_total", f"url_count:{OTHER}"]
+        keys = [f"url_commit:{self.instance}", *shared, f"url_rank:{day}", f"url_total:{day}"]
+        keys += [f"url_count:{url}" for url in hits]
+        arguments = (sequence, self.max_urls, self.keep_days * 86_400, *hits.values())
+        reply = await self.call("EVAL", COMMIT, len(keys), *keys, *arguments)
+        counted, known_urls, refused = reply
+        for key, error in refused:
+            REFUSED.inc()
+            log_once("cannot count", key=key.decode(), error=error.decode())
+        return counted, known_urls
+
+    async def totals(self, day: str) -> tuple[int, int]:
+        """Hits and URLs."""
+        async with self.reading() as pipeline:
+            pipeline.get(of_day("url_total", day))
+            pipeline.zcard(of_day("url_rank", day))
+            hits, urls = await pipeline.execute()
+            return int(hits or 0), urls
+
+    async def find(self, day: str, url: str) -> tuple[int, int] | None:
+        """Count and rank of a URL. The most requested one has rank 1."""
+        async with self.reading() as pipeline:
+            pipeline.zscore(of_day("url_rank", day), url)
+            pipeline.zrevrank(of_day("url_rank", day), url)
+            count, ahead = await pipeline.execute()
+            return None if count is None else (int(count), ahead + 1)
+
+    async def ranked(self, day: str, offset: int, limit: int) -> Pages:
+        """Most requested first, equal counts by descending URL."""
+        for start in range(offset, offset + limit, LIST_PAGE):
+            last = min(start + LIST_PAGE, offset + limit) - 1
+            async with self.list_slots, self.reading() as pipeline:
+                pipeline.zrevrange(of_day("url_rank", day), start, last, withscores=True)
+                (found,) = await pipeline.execute()
+                rows = [(url.decode(errors="replace"), int(count)) for url, count in found]
+            if not rows:
+                return
+            yield rows
+
+    @asynccontextmanager
+    async def reading(self) -> AsyncIterator[Pipeline]:
+        """A reader's commands, which go together. Whatever fails is a StoreError."""
+        try:
+            async with self.redis.pipeline(transaction=False) as pipeline:
+                yield pipeline
+        # ValueError, OverflowError: int() of a count that is "many" or infinite.
+        except (redis.RedisError, OSError, RuntimeError, ValueError, OverflowError) as error:
+            raise StoreError(f"Redis: {error}") from error
+
+    async def close(self) -> None:
+        await self.writer.disconnect(nowait=True)  # or a Redis that hangs holds us up
+        with suppress(redis.RedisError):
+            await self.redis.aclose()
+
+
+class MemoryStore:
+    """The same methods on dictionaries."""
+
+    def __init__(self, max_urls: int, keep_days: int) -> None:
+        self.max_urls = max_urls
+        self.keep_days = keep_days
+        self.where = "memory"
+        self.instance = ""
+        self.counts: dict[str, Counter[str]] = {ALL_TIME: Counter()}  # and of each day
+
+    async def open(self) -> None: ...
+
+    async def ping(self) -> None: ...
+
+    async def commit(self, sequence: int, hits: Mapping[str, int]) -> tuple[int, int]:
+        counts = self.counts[ALL_TIME]
+        today = self.counts.setdefault(utc_day(), Counter())
+        for url, n in hits.items():
+            fits = url in counts or len(counts) < self.max_urls
+            counts[url if fits else OTHER] += n
+            today[url if fits else OTHER] += n
+        for day in self.counts.keys() - {ALL_TIME}:
+            if day <= utc_day(ago=self.keep_days):
+                del self.counts[day]
+        return sum(hits.values()), len(counts)
+
+    async def totals(self, day: str) -> tuple[int, int]:
+        counts = self.counts.get(day, Counter())
+        return counts.total(), len(counts)
+
+    async def find(self, day: str, url: str) -> tuple[int, int] | None:
+        for rank, (ranked_url, count) in enumerate(self.ranking(day), start=1):
+            if ranked_url == url:
+                return count, rank
+        return None
+
+    async def ranked(self, day: str, offset: int, limit: int) -> Pages:
+        rows = self.ranking(day)[offset : offset + limit]
+        for start in range(0, len(rows), LIST_PAGE):
+            yield rows[start : start + LIST_PAGE]
+            await asyncio.sleep(0)  # let others be served in between
+
+    def ranking(self, day: str) -> Rows:
+        counts = self.counts.get(day, Counter())
+        return sorted(counts.items(), key=lambda row: (row[1], row[0]), reverse=True)
+
+    async def close(self) -> None: ...
+
+
+def of_day(key: str, day: str) -> str:
+    return f"{key}:{day}" if day else key
+
+
+def utc_day(ago: int = 0) -> str:
+    return str(datetime.now(UTC).date() - timedelta(days=ago))
+
+
+# --- Start and stop ---------------------------------------------------------------------
+# The first request is let in when the store has opened, or a second later. The store
+# closes when all requests are answered and GroupCommit has committed their hits.
+
+
+async def choose_store(settings: Settings) -> Store:
+    """The Redis of REDIS_URL, even if it is not there yet. Else the local one, or memory."""
+    limits = (settings.max_urls, settings.keep_days)
+    store = RedisStore(settings.redis_url or LOCAL_REDIS, *limits)
+    if settings.redis_url:
+        return store
     try:
-        if handler is api:  # not by the path: /api%2Fx is a 404
-            if len(request.path) > 2048:
-                raise web.HTTPRequestURITooLong(text="a path has at most 2048 characters")
-            await request.app[COMMITS].hit(with_slash(request.path))
-        response = await handler(request)
-    except web.HTTPException as error:
-        text = NOT_HERE if error.text == "404: Not Found" else error.text
-        text = f"use {error.headers['Allow']} here" if error.status == 405 else text
-        response = answer({"error": text}, error.status, {**error.headers, **HEADERS})
-    except argparse.ArgumentTypeError as error:
-        response = answer({"error": str(error)}, 400)
-    except UNUSABLE as error:
-        response = answer({"error": f"Redis: {error}"}, 503, HEADERS | RETRY_AFTER)
-    except Exception:
-        log.exception("unexpected error", path=str(request.rel_url))
-        response = answer({"error": "unexpected error: the server's log has it"}, 500)
-    method = request.method if request.method in hdrs.METH_ALL else "OTHER"
-    labels = method, ROUTE_OF.get(handler, "none"), response.status
-    seconds_of(*labels).observe(time.perf_counter() - began)
-    return response
+        async with asyncio.timeout(1):
+            await store.open()
+            return store
+    except (redis.RedisError, OSError) as error:  # a TimeoutError is an OSError
+        await store.close()
+        reason = f"{store.where}: {str(error) or 'no answer in time'}"
+        log.warning("REDIS_URL is not set: counts are lost on exit", no_local_redis=reason)
+        return MemoryStore(*limits)
 
 
-def answer(data: object, status: int = 200, headers: Mapping[str, str] = HEADERS) -> web.Response:
-    return web.Response(body=f"{json.dumps(data)}\n".encode(), status=status, headers=headers)
-
-
-def with_slash(path: str) -> str:
-    return path if path[-1] == "/" else path + "/"
-
-
-async def api(request: web.Request) -> web.Response:
-    # Not json.dumps(), which takes longer to find the encoder than to encode.
-    url = json_string(with_slash(request.path))
-    return web.Response(body=f'{{"url": {url}}}\n'.encode(), headers=HEADERS)
-
-
-async def stats(request: web.Request) -> web.Response:
-    limit = whole_number("limit", request.query.get("limit", str(ANY[-1])), ANY)
-    offset = whole_number("offset", request.query.get("offset", "0"), ANY)
-    store = request.app[COMMITS].store
-    _, urls = await store.totals()
-    pages = store.ranked(offset, limit)
-    rows: Rows = await anext(pages, [])  # before the headers: until then a failure can be a 503
-    return web.Response(body=json_list(rows, pages), headers=HEADERS | {"X-Total-Count": f"{urls}"})
-
-
-async def json_list(rows: Rows, pages: AsyncIterator[Rows]) -> AsyncIterator[bytes]:
-    """The list page by page, in flat memory; if it raises, aiohttp breaks the connection off."""
-    opening = "["
-    while rows:
-        page = ", ".join(f'{{"count": {hits}, "url": {json_string(url)}}}' for url, hits in rows)
-        yield (opening + page).encode()
-        opening, rows = ", ", await anext(pages, [])
-    yield b"[]\n" if opening == "[" else b"]\n"
-
-
-async def stats_of_url(request: web.Request) -> web.Response:
-    url = with_slash(request.path.removeprefix("/stats"))
-    found = await request.app[COMMITS].store.find(url)
-    if not found:
-        raise web.HTTPNotFound(text=f"{url} was never requested")
-    return answer({"count": found[0], "url": url, "rank": found[1]})
-
-
-async def test(request: web.Request) -> web.Response:
-    progress, most = request.app[PROGRESS], request.app[SETTINGS].max_test_requests
-    if not most:
-        raise web.HTTPForbidden(text="test runs are off: MAX_TEST_REQUESTS is 0")
-    if from_another_site(request.headers):
-        raise web.HTTPForbidden(text="a page of another site may not start a test run")
-    n = whole_number("n", request.match_info["n"], range(1, most + 1), " (MAX_TEST_REQUESTS)")
-    workers = whole_number("concurrency", request.query.get("concurrency", "32"), range(1, 257))
-    seed = whole_number("seed", request.query.get("seed", str(random.randrange(10**9))), ANY)
-    if progress:
-        raise web.HTTPTooManyRequests(text="wait: a test run is under way", headers=RETRY_AFTER)
-    address = request.get_extra_info("sockname")
-    if isinstance(address, str):
-        raise web.HTTPBadRequest(text="a test run needs a TCP port, this came by a unix socket")
-    base = URL.build(scheme="http", host=address[0], port=address[1])
-    segments, urls = random_urls(n, seed)
-    report = {"requested": n, "concurrency": workers, "seed": seed, "segments": segments}
-    progress.update(requested=n, done=0)
-    try:
-        report |= await send(urls, base, workers, request.app)
-    finally:
-        progress.clear()
-    return answer(report)
-
-
-def from_another_site(headers: Mapping[str, str]) -> bool:
-    """Whether another site's page made a browser send this (Go's http.CrossOriginProtection)."""
-    site, origin, host = (headers.get(name) for name in ("Sec-Fetch-Site", "Origin", "Host"))
-    foreign = origin not in (None, f"http://{host}", f"https://{host}")
-    return site not in ("same-origin", "none") if site else foreign
-
-
-async def health(request: web.Request) -> web.Response:
-    commits, progress = request.app[COMMITS], request.app[PROGRESS]
-    report: dict[str, object] = {"status": "healthy", "redis": commits.store.state}
-    report |= {"pending": commits.pending} | ({"test_run": progress} if progress else {})
-    report["uptime_s"] = round(commits.loop.time() - commits.started, 1)
-    try:
-        if commits.away:
-            raise redis.RedisError(commits.away)
-        report["hits"], report["urls"] = await commits.store.totals()
-    except UNUSABLE as error:
-        report |= {"status": "unhealthy", "redis": "disconnected", "error": str(error)}
-        return answer(report, 503, HEADERS | RETRY_AFTER)
-    return answer(report)
-
-
-async def metrics(request: web.Request) -> web.StreamResponse:
-    registry = prometheus.REGISTRY
-    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:  # prometheus-client's way to add up processes
-        registry = prometheus.CollectorRegistry()
-        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-    response = await make_aiohttp_handler(registry)(request.clone(headers={}))  # Accept can fail
-    response.headers.update(NOSNIFF)
-    return response
-
-
-async def live_page(request: web.Request) -> web.StreamResponse:
-    page = Path(__file__).with_name("dashboard.html")
-    if not page.exists():
-        return answer({"error": "the live page is dashboard.html: put it beside server.py"}, 404)
-    policy = {"Content-Security-Policy": "frame-ancestors 'none'", "Cache-Control": "no-cache"}
-    return web.FileResponse(page, headers=NOSNIFF | policy)
-
-
-ROUTES = [  # each with its label in /metrics
-    (web.get("/", live_page), "/"),
-    (web.get("/stats{slash:/?}", stats), "/stats/"),
-    (web.get("/stats{url:/api/(?s:.*)}", stats_of_url), "/stats/api/..."),
-    (web.post("/test/{n}{slash:/?}", test), "/test/<n>/"),
-    (web.get("/health{slash:/?}", health), "/health"),
-    (web.get("/metrics{slash:/?}", metrics), "/metrics"),
-    (web.route("*", "/api/{tail:(?s:.*)}", api), "/api/..."),  # ?s: a newline (%0A) counts, too
-]
-ROUTE_OF = {route.handler: label for route, label in ROUTES}
-
-# --- Lifecycle ------------------------------------------------------------------------------------
-# The store opens before the first request, and closes when group commit has drained.
-
-
-async def connect(settings: argparse.Namespace, managed: bool) -> tuple[Store, str]:
-    """A store, and why it does not answer yet, or "". Exits where counting may not start."""
-    url = settings.redis_url or DEFAULT_REDIS_URL
-    store, shown = RedisStore(url, settings.max_urls), PASSWORD.sub("***", url)
-    try:
-        await store.open(MAX_PATIENCE if settings.redis_url else PATIENCE)
-    except (redis.RedisError, OSError) as error:
-        reason = f"REDIS_URL={shown}: " + (str(error) or NO_ANSWER)
-        if managed:
-            return store, reason
-        await store.aclose()
-        if settings.redis_url or type(error) not in (TimeoutError, redis.ConnectionError):
-            sys.exit(f"server.py: {reason}")
-        log.warning("no redis, counts are lost on exit", error=reason)
-        return MemoryStore(settings.max_urls), ""
-    log.info("counting in redis", redis=shown)
-    with suppress(redis.RedisError):  # some forbid the question
-        safety = await store.redis.config_get("appendonly", "appendfsync", "maxmemory-policy")
-        if "no" in safety.values() or safety.get("maxmemory-policy", "noeviction") != "noeviction":
-            mend = "CONFIG SET appendonly yes appendfsync everysec maxmemory-policy noeviction"
-            log.warning("redis can lose or evict counts", mend=mend, **cast(dict[str, str], safety))
-    return store, ""
-
-
-@asynccontextmanager
-async def lifecycle(app: web.Application, managed: bool) -> AsyncIterator[None]:
-    store, away = await connect(app[SETTINGS], managed)
-    async with aclosing(store), aclosing(GroupCommit(store, away)) as app[COMMITS]:
+async def counting(app: web.Application) -> AsyncIterator[None]:
+    """The life of the store and of GroupCommit, around that of the application."""
+    store = await choose_store(app[SETTINGS])
+    async with GroupCommit(store) as commits:
+        app[COMMITS] = commits
+        with suppress(TimeoutError):  # wait a second for it, so that /stats/ works at once
+            async with asyncio.timeout(1):
+                while commits.away:
+                    await asyncio.sleep(0.01)
         yield
+    await store.close()
     log.info("stopped")
 
 
-async def stop_test_run(app: web.Application) -> None:
-    app[STOPPING].set()
-
-
-# The access log would cost as much as counting does. aiohttp gives running requests this time-out
-# twice. Nobody reads a body, so none is inflated.
-SERVING: dict[str, Any] = {"access_log": None, "shutdown_timeout": 1.5, "auto_decompress": False}
-
-
-async def create_app(settings: argparse.Namespace | None = None) -> web.Application | web.AppRunner:
-    """An application; for a process manager, which gives no settings, with a runner around it."""
+def create_app(settings: Settings) -> web.Application:
     app = web.Application(middlewares=[count_and_guard])
-    app[SETTINGS], app[PROGRESS], app[STOPPING] = settings or read_settings([]), {}, asyncio.Event()
+    app[SETTINGS] = settings
+    app[TEST_RUNS] = []
     app.add_routes(route for route, _ in ROUTES)
-    app.cleanup_ctx.append(partial(lifecycle, managed=not settings))
-    app.on_shutdown.append(stop_test_run)
-    if not settings:
-        configure_logging()
-    return app if settings else web.AppRunner(app, **SERVING)
+    app.cleanup_ctx.append(counting)
+    return app
+
+
+async def serve(settings: Settings, listener: socket.socket) -> None:
+    """Serve until a signal comes, then end in order."""
+    stop = stop_event()
+    runner = web.AppRunner(
+        create_app(settings),
+        access_log=None,  # it would cost as much as counting does
+        auto_decompress=False,  # nobody reads a body, so none is inflated
+        max_line_size=16 * 1024,  # 16 kB of slashes cost aiohttp's router 27 ms, 64 kB 284
+        max_field_size=64 * 1024,
+        max_headers=1024,
+        shutdown_timeout=1.5,  # then aiohttp cancels, and waits as long again
+    )
+    try:
+        await runner.setup()
+        await web.SockSite(runner, listener, backlog=1024).start()
+        host, port, *_ = listener.getsockname()
+        page = URL.build(scheme="http", host=host, port=port)
+        log.info("started", page=str(page))
+        await stop.wait()
+    finally:
+        await runner.cleanup()
+
+
+def stop_event() -> asyncio.Event:
+    """Set by SIGINT, SIGTERM or SIGHUP. After the first of them, all are ignored."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def end() -> None:
+        for signum in signums:
+            loop.remove_signal_handler(signum)
+            # Or Python's own handlers come back when the loop closes, and a second Ctrl-C
+            # breaks off the end.
+            signal.signal(signum, signal.SIG_IGN)
+        # By then all is saved. It is for a thread that still asks a name server, because
+        # Python would wait for that thread for ever.
+        signal.alarm(30)
+        stop.set()
+
+    signums = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for signum in signums:
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            loop.add_signal_handler(signum, end)
+    return stop
+
+
+def listen(host: str, port: int) -> socket.socket:
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    family, _, _, _, address = found[0]
+    both = family == socket.AF_INET6  # so :: is open to IPv4, too
+    return socket.create_server(address, family=family, dualstack_ipv6=both)
 
 
 def configure_logging() -> None:
     """One event a line on standard error: for people on a terminal, else JSON."""
     steps = structlog.processors
-    render = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else steps.JSONRenderer()
+    render = structlog.dev.ConsoleRenderer() if os.isatty(2) else steps.JSONRenderer()
     chain = (steps.add_log_level, steps.TimeStamper("iso"), steps.format_exc_info, render)
+    # The standard library's loggers survive a log that cannot be written (a full disk).
     structlog.configure(chain, logger_factory=structlog.stdlib.LoggerFactory())
-    logging.basicConfig(format="%(message)s", level=logging.INFO)  # survives a full disk
-    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # clients' errors, tracebacks
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # clients' errors
 
 
-def end_on_signals(loop: asyncio.AbstractEventLoop) -> None:
-    """Let a signal end the server, once: a second one may not cut short the last commits."""
-
-    def end() -> None:
-        for number in ends:
-            loop.remove_signal_handler(number)
-            signal.signal(number, signal.SIG_IGN)
-        signal.alarm(30)  # all is saved long before, but a thread may wait for a name server
-        raise web.GracefulExit
-
-    with suppress(AttributeError, NotImplementedError):  # Windows has Ctrl-C only
-        ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        for number in ends:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
-                loop.add_signal_handler(number, end)
+def prepare_process() -> None:
+    # If a standard stream is closed, a socket would get its number, and libuv would abort at
+    # the end. So /dev/null is opened until it gets a number after theirs.
+    while (opened := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(opened)
+    os.set_blocking(2, True)  # or a slow reader of the log makes it lose lines
+    # A client is an open file. macOS does not tell how many it allows: 10,240 at least.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = 10_240 if sys.platform == "darwin" else most
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
 
 
 def main() -> None:
     settings = read_settings(sys.argv[1:])
+    prepare_process()
     configure_logging()
-    with suppress(AttributeError, NameError, OSError, ValueError):  # where a system has it not
-        os.set_blocking(2, True)  # or the log may lose lines
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # one open file a client
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    loop = new_event_loop()
-    end_on_signals(loop)
-    options: dict[str, Any] = SERVING | {"backlog": 1024, "handle_signals": False, "loop": loop}
-    options["print"] = lambda text: log.info("started", page=text.split()[3])
     try:
-        web.run_app(create_app(settings), host=settings.host, port=settings.port, **options)  # type: ignore[arg-type]
+        listener = listen(settings.host, settings.port)
     except (OSError, UnicodeError) as error:
-        other = f"HOST={settings.host} PORT={settings.port}: {error}"
-        taken = f"port {settings.port} is in use: set PORT to another"
-        sys.exit(f"server.py: {taken if 'in use' in str(error) else other}")
+        host = settings.host.rpartition("@")[2]  # without the password of a misplaced REDIS_URL
+        sys.exit(f"server.py: HOST={host} PORT={settings.port}: {error}")
+    uvloop.run(serve(settings, listener))
 
 
 if __name__ == "__main__":
