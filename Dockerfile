@@ -8,9 +8,10 @@ WORKDIR /app
 COPY requirements.txt .
 RUN pip install --no-cache-dir --disable-pip-version-check -r requirements.txt
 COPY server.py dashboard.html ./
+COPY tools tools
 # chmod: the user below must read them, whatever umask the clone has. (COPY --chmod needs BuildKit.)
 # import: a build that cannot start ends here, and Python's own modules get compiled for every start.
-RUN chmod 644 server.py dashboard.html && python -c "import server"
+RUN chmod -R a+rX . && python -c "import server"
 
 USER 10001:10001
 EXPOSE 5000
