@@ -282,8 +282,10 @@ async def stats_of_url(request: web.Request) -> web.Response:
     return answer({"count": count, "url": url, "rank": rank})
 
 
-OTHER_SITE = """a page of another site may not start a test run (behind a proxy this site looks
-like another one, unless the proxy passes the Host header on: in nginx, $http_host)"""
+OTHER_SITE = (
+    "a page of another site may not start a test run (behind a proxy this site looks like "
+    "another one, unless the proxy passes the Host header on: in nginx, $http_host)"
+)
 
 
 async def test(request: web.Request) -> web.Response:
@@ -409,6 +411,17 @@ ROUTES = [  # each with its name in /metrics
 ]
 ROUTE_NAMES = {route.handler: name for route, name in ROUTES}
 
+
+async def go_on(request: web.Request) -> None:
+    """Whatever a client expects (Expect: 100-continue), let it send its body."""
+    if request.version == aiohttp.HttpVersion11:
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # aiohttp would take this for the beginning of the answer
+
+
+for route, _ in ROUTES:
+    route.kwargs["expect_handler"] = go_on  # aiohttp's own answers some with a 417 in plain text
+
 # --- Synthetic traffic ------------------------------------------------------------------
 # POST /test/<n>/ makes a TestRun, which sends real requests to this server.
 
@@ -489,11 +502,11 @@ def summary(ms: list[float]) -> dict[str, float]:
 # grow with the load (DeWitt et al., Implementation Techniques for Main Memory Database
 # Systems, 1984).
 
-ROUND_PATIENCE = 1.0  # seconds for a whole round, because requests wait for it
+ROUND_PATIENCE = 1.0  # seconds to commit all that is held, because requests wait for it
 CALL_PATIENCE = 8.0  # seconds for one command: the only limit while the store is away
-SLICE_BYTES = 128 * 1024  # less than 1,000 URLs, which Redis counts in a few milliseconds
+SLICE_BYTES = 128 * 1024  # 1,000 URLs at most, which Redis counts in a few milliseconds
 BACKLOG_BYTES = 64 * 1024 * 1024
-URL_OVERHEAD = 80  # bytes that a held URL takes beside its text
+URL_OVERHEAD = 80  # bytes that a held URL takes beside Python's string
 
 HITS = prometheus.Counter("url_hits", "Hits that the store has counted")
 PENDING = prometheus.Gauge("url_hits_pending", "Hits that the store has not confirmed yet")
@@ -516,13 +529,13 @@ class GroupCommit:
         self.sequence = 0  # number of that slice, or of the last one
         self.pending = 0  # hits in all three
         self.bytes = 0  # taken by the URLs in open_batch and batch
-        self.waiters: list[asyncio.Future[None]] = []  # for batch, then for open_batch
+        self.waiters: list[asyncio.Future[None]] = []  # those for batch before the others
         self.wake = asyncio.Event()  # the open batch has got a hit
-        self.away = True  # until the first round has succeeded. While it is, nobody waits
+        self.away = True  # hits are held, and nobody waits: until the first round succeeds
         self.state = "disconnected"  # what /health says: or "refuses" or "connected"
         self.reason = "not asked yet"  # why it is away
-        self.told = ""  # which state the log names, if it says that the store is away
-        self.held = 0  # hits that came while it was away
+        self.told = ""  # the state that the log has named, "" when it is not away
+        self.held = 0  # hits that have come while it is away
         PENDING.set_function(lambda: self.pending)
         UP.set_function(lambda: not self.away)
 
@@ -543,29 +556,36 @@ class GroupCommit:
     def hit(self, url: str) -> asyncio.Future[None]:
         """Add a hit. Done when the store has it or, while that is away, at once."""
         self.add(url)
-        waiter: asyncio.Future[None] = asyncio.Future()  # of this request alone
-        if self.away:
-            self.held += 1
-            waiter.set_result(None)
-        else:
+        waiter: asyncio.Future[None] = asyncio.Future()  # if it is cancelled, no other is
+        if not self.away:
             self.waiters.append(waiter)
+        elif self.state == "connected":
+            # The store is getting what was held. If requests did not wait a little now, new
+            # hits could come faster than those get through, and it would never be back.
+            asyncio.get_running_loop().call_later(0.2, finish, waiter)
+            self.held += 1
+        else:
+            waiter.set_result(None)
+            self.held += 1
         return waiter
 
     def add(self, url: str) -> None:
         """Put a hit into a batch. Raises StoreError when there is no room for its URL."""
-        # A URL that is in the closed batch can be counted there, which saves memory. But
-        # only while the store is away: at other times the request would wait for the next
-        # batch, although its hit is in this one.
-        batch = self.batch if self.away and url in self.batch else self.open_batch
+        batch = self.batch_for(url)
         if url not in batch:
-            is_new = url not in self.sent
-            if self.bytes >= BACKLOG_BYTES and is_new:
+            # A full backlog still takes hits for a URL that it has, or that is on its way.
+            if self.bytes >= BACKLOG_BYTES and url not in self.sent:
                 raise StoreError("too many URLs wait for Redis: try again later")
             batch[url] = 0
             self.bytes += size_of(url)
             self.wake.set()
         batch[url] += 1
         self.pending += 1
+
+    def batch_for(self, url: str) -> dict[str, int]:
+        """The open batch, because a request waits for that. While the store is away, nobody
+        waits: then it can be the closed batch, if the URL is there already."""
+        return self.batch if self.away and url in self.batch else self.open_batch
 
     async def run(self) -> None:
         """One round after another, for as long as the server runs."""
@@ -581,7 +601,7 @@ class GroupCommit:
                     await self.commit_round()
             except Exception as error:  # whatever it is, no hit may be lost
                 self.hold(error)
-            if was_away and self.away:  # the first time it tries again at once
+            if was_away and self.away:  # after the first failure it tries again at once
                 await asyncio.sleep(0.1)
 
     async def commit_round(self) -> None:
@@ -596,10 +616,11 @@ class GroupCommit:
         await self.commit_batch()  # what a failure has left of the last one
         self.batch = self.open_batch
         self.open_batch = {}
-        waiting = len(self.waiters)  # for this batch; more may come, for the next one
+        waiting = len(self.waiters)  # for this batch. More may come, for the next one
         await self.commit_batch()
         self.release(waiting)
-        # Requests can wait again once a round that carried everything was quick.
+        # The store may answer for long before this is true. Requests wait again only when a
+        # round that carried everything was quick.
         if self.away and time.monotonic() - began < ROUND_PATIENCE / 2:
             event = "redis is back" if self.told else "counting"
             log.info(event, where=self.store.where, held=self.held)
@@ -621,8 +642,7 @@ class GroupCommit:
     def release(self, n: int) -> None:
         """Let the first n requests that wait be answered."""
         for waiter in self.waiters[:n]:
-            if not waiter.done():  # it is when its request was cancelled
-                waiter.set_result(None)
+            finish(waiter)
         del self.waiters[:n]
 
     async def commit_batch(self) -> None:
@@ -633,7 +653,7 @@ class GroupCommit:
                 self.next_slice()
             with COMMIT_SECONDS.time():
                 counted, urls = await self.store.commit(self.sequence, self.sent)
-            self.pending -= sum(self.sent.values())  # the log names those that cannot count
+            self.pending -= sum(self.sent.values())  # commit() logs those that cannot count
             self.sent = {}
             HITS.inc(counted)
             URLS.set(urls)
@@ -668,6 +688,11 @@ class GroupCommit:
             # Not log.error(): tools/recover.py needs JSON, also from a terminal.
             logging.error(json.dumps(line))
             self.sent = {}
+
+
+def finish(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():  # it is when its request was cancelled
+        waiter.set_result(None)
 
 
 def size_of(url: str) -> int:
@@ -714,17 +739,17 @@ if keep > 0 then redis.call('ZADD', day_rank, 'XX', 'INCR', 0, '') end
 local urls = redis.call('ZCARD', rank)
 local counted = 0
 
--- This slice was counted before, but its reply was lost. Count nothing now, and work out the
--- same reply: INCRBY by 0 fails for a key that failed then, and what is not there was (other).
+-- This slice was counted before, but its reply was lost. Make that reply again, and count
+-- nothing: to add 0 fails for the keys for which it failed then.
 if sequence <= seen then
   for i = first_url, #KEYS do
-    local known = redis.call('EXISTS', KEYS[i]) == 1
-    if not known or add(KEYS[i], 0) then counted = counted + ARGV[i - 3] end
+    local went_to_other = redis.call('EXISTS', KEYS[i]) == 0
+    if went_to_other or add(KEYS[i], 0) then counted = counted + tonumber(ARGV[i - 3]) end
   end
   return {counted, urls, refused}
 end
 
--- Note the number. From here on the slice counts, and nothing raises.
+-- Note the number, by a command that was tried. From here on nothing raises.
 redis.call('INCRBY', commit, sequence - seen)
 local near_the_cap = urls + #KEYS > max_urls  -- only then it matters whether a URL is new
 local sum = 0
@@ -759,7 +784,8 @@ def address_of(url: str) -> dict[str, Any]:
 
     Other options that redis-py takes from a URL, such as time-outs, are left out.
     """
-    # In a password that is not quoted redis-py can find a host, which would be shown.
+    # If a password has an @ and one of / ? # in it that are not quoted, redis-py takes a piece
+    # of it for the host, which is shown. So these have one place each, or it is no URL.
     if not re.fullmatch(r"\w+://([^@/?#]*@)?[^@?#]*(\?[^@#]*)?", url):
         raise ValueError
     place = ("connection_class", "host", "port", "path", "db", "username", "password")
@@ -795,9 +821,10 @@ class RedisStore:
         self.redis = Redis.from_pool(self.pool)
         self.list_slots = asyncio.Semaphore(8)  # half of the 16, so others get through
         # Commits have a connection outside the pool, so that readers cannot hold them up. It
-        # needs no lock, as only GroupCommit's task uses it, for one command at a time. It
-        # connects by itself, and sends no command twice. When a command fails or is cancelled
-        # it closes, so that a late reply is never taken for that of the next command.
+        # needs no lock, as only GroupCommit's task uses it, for one command at a time. This is
+        # how redis-py's Connection works: send_packed_command() connects if need be, and sends
+        # once. If it or read_response() fails or is cancelled, the connection is closed. So a
+        # late reply is never taken for that of the next command.
         self.writer = connection_class(socket_timeout=None, protocol=2, **address)
 
     async def call(self, *command: Any) -> Any:
@@ -814,7 +841,7 @@ class RedisStore:
         # A replica may have taken over: connect again, to where the address leads now.
         await self.writer.disconnect(nowait=True)
         await self.pool.disconnect(inuse_connections=False)
-        await self.ping()  # before a password is given, Redis refuses long commands in odd words
+        await self.ping()  # a short command: to it Redis says clearly if it wants a password
         _, urls = await self.commit(0, {})  # tries what Redis may refuse, and adds nothing
         URLS.set(urls)
         if not urls:
@@ -1002,9 +1029,11 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
         create_app(settings),
         access_log=None,  # it would cost as much as counting does
         auto_decompress=False,  # nobody reads a body, so none is inflated
-        max_line_size=16 * 1024,  # 16 kB of slashes cost aiohttp's router 27 ms, 64 kB 284
-        max_field_size=64 * 1024,
-        max_headers=1024,
+        # More than aiohttp's 8 kB and 128, but bounded: 16 kB of slashes cost its router 27 ms,
+        # 64 kB 284, and a client that sends headers and no end of them is held in memory.
+        max_line_size=16 * 1024,
+        max_field_size=16 * 1024,
+        max_headers=256,
         shutdown_timeout=1.5,  # then aiohttp cancels, and waits as long again
     )
     try:
@@ -1029,8 +1058,8 @@ def stop_event() -> asyncio.Event:
             # Or Python's own handlers come back when the loop closes, and a second Ctrl-C
             # breaks off the end.
             signal.signal(signum, signal.SIG_IGN)
-        # By then all is saved. It is for a thread that still asks a name server, because
-        # Python would wait for that thread for ever.
+        # In 30 seconds, long after all is saved, this ends the process: Python would wait for
+        # ever for a thread that asks a name server.
         signal.alarm(30)
         stop.set()
 
