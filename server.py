@@ -500,11 +500,18 @@ def summary(ms: list[float]) -> dict[str, float]:
 # request. So hits collect in a batch while the batch before them is on its way to the
 # store. No timer delays a hit: an idle server commits at once, a busy one in batches that
 # grow with the load (DeWitt et al., Implementation Techniques for Main Memory Database
-# Systems, 1984).
+# Systems, 1984). The store is in one of four states:
+#   connected      a request waits until its hit is in the store
+#   disconnected   hits are held in memory, and requests do not wait
+#   refuses        likewise: it answers, but with an error
+#   catching up    it gets the hits that were held, and requests wait 0.2 s. If they did not,
+#                  new hits could come faster than those get through
+# Only the first counts as being there; in the other three the store is away.
 
-ROUND_PATIENCE = 1.0  # seconds to commit all that is held, because requests wait for it
+ROUND_PATIENCE = 1.0  # seconds for a round of commits while requests wait for it
+CATCH_UP_DELAY = 0.2  # seconds
 CALL_PATIENCE = 8.0  # seconds for one command: the only limit while the store is away
-SLICE_BYTES = 128 * 1024  # 1,000 URLs at most, which Redis counts in a few milliseconds
+SLICE_BYTES = 128 * 1024  # even of the shortest URLs less than 1,000: milliseconds for Redis
 BACKLOG_BYTES = 64 * 1024 * 1024
 URL_OVERHEAD = 80  # bytes that a held URL takes beside Python's string
 
@@ -529,11 +536,10 @@ class GroupCommit:
         self.sequence = 0  # number of that slice, or of the last one
         self.pending = 0  # hits in all three
         self.bytes = 0  # taken by the URLs in open_batch and batch
-        self.waiters: list[asyncio.Future[None]] = []  # those for batch before the others
+        self.waiters: list[asyncio.Future[None]] = []  # first for batch, then for open_batch
         self.wake = asyncio.Event()  # the open batch has got a hit
-        self.away = True  # hits are held, and nobody waits: until the first round succeeds
-        self.state = "disconnected"  # what /health says: or "refuses" or "connected"
-        self.reason = "not asked yet"  # why it is away
+        self.state = "disconnected"  # one of the four above
+        self.reason = "not asked yet"  # why the store is away
         self.told = ""  # the state that the log has named, "" when it is not away
         self.held = 0  # hits that have come while it is away
         PENDING.set_function(lambda: self.pending)
@@ -553,20 +559,20 @@ class GroupCommit:
         await asyncio.wait([self.task])
         self.log_pending()
 
+    @property
+    def away(self) -> bool:
+        return self.state != "connected"
+
     def hit(self, url: str) -> asyncio.Future[None]:
         """Add a hit. Done when the store has it or, while that is away, at once."""
         self.add(url)
         waiter: asyncio.Future[None] = asyncio.Future()  # if it is cancelled, no other is
-        if not self.away:
+        if self.state == "connected":
             self.waiters.append(waiter)
-        elif self.state == "connected":
-            # The store is getting what was held. If requests did not wait a little now, new
-            # hits could come faster than those get through, and it would never be back.
-            asyncio.get_running_loop().call_later(0.2, finish, waiter)
-            self.held += 1
-        else:
-            waiter.set_result(None)
-            self.held += 1
+            return waiter
+        self.held += 1
+        delay = CATCH_UP_DELAY if self.state == "catching up" else 0
+        asyncio.get_running_loop().call_later(delay, finish, waiter)
         return waiter
 
     def add(self, url: str) -> None:
@@ -584,8 +590,8 @@ class GroupCommit:
 
     def batch_for(self, url: str) -> dict[str, int]:
         """The open batch, because a request waits for that. While the store is away, nobody
-        waits: then it can be the closed batch, if the URL is there already."""
-        return self.batch if self.away and url in self.batch else self.open_batch
+        waits for either: then it is the closed batch, if the URL is held there already."""
+        return self.batch if url in self.batch and self.away else self.open_batch
 
     async def run(self) -> None:
         """One round after another, for as long as the server runs."""
@@ -601,15 +607,15 @@ class GroupCommit:
                     await self.commit_round()
             except Exception as error:  # whatever it is, no hit may be lost
                 self.hold(error)
-            if was_away and self.away:  # after the first failure it tries again at once
+            if was_away and self.away:  # not after a first failure: then try again at once
                 await asyncio.sleep(0.1)
 
     async def commit_round(self) -> None:
         """Commit all that is held, then answer the requests that wait for it."""
         if self.away:
             await self.store.open()
-            self.state = "connected"
-            self.reason = "it answers again, and gets the hits that were held"
+            self.state = "catching up"
+            self.reason = "Redis answers again, and gets the hits that were held"
         elif not self.open_batch:
             await self.store.ping()
         began = time.monotonic()
@@ -619,18 +625,16 @@ class GroupCommit:
         waiting = len(self.waiters)  # for this batch. More may come, for the next one
         await self.commit_batch()
         self.release(waiting)
-        # The store may answer for long before this is true. Requests wait again only when a
-        # round that carried everything was quick.
+        # Requests can wait for the store again when a round that carried everything was quick.
         if self.away and time.monotonic() - began < ROUND_PATIENCE / 2:
             event = "redis is back" if self.told else "counting"
             log.info(event, where=self.store.where, held=self.held)
-            self.away = False
+            self.state = "connected"
             self.told = ""
             self.held = 0
 
     def hold(self, error: Exception) -> None:
         """The store has failed. From now on hits are held, and nobody waits."""
-        self.away = True
         self.state = "refuses" if isinstance(error, REFUSALS) else "disconnected"
         self.reason = str(error) or "no answer in time"  # a TimeoutError has no words
         if self.told != self.state:
@@ -708,7 +712,7 @@ def size_of(url: str) -> int:
 #   url_commit:<instance>   number of the last slice applied for one server, for 24 hours
 
 OTHER = "(other)"
-LIST_PAGE = 200  # URLs read at a time, so in memory for a client that stops reading
+LIST_PAGE = 200  # URLs read at a time. A client that stops reading keeps so many in memory
 REFUSALS = (redis.ResponseError, redis.AuthenticationError, redis.BusyLoadingError)
 REFUSED = prometheus.Counter("url_keys_refused", "Times that a key could not be raised")
 
@@ -784,8 +788,8 @@ def address_of(url: str) -> dict[str, Any]:
 
     Other options that redis-py takes from a URL, such as time-outs, are left out.
     """
-    # If a password has an @ and one of / ? # in it that are not quoted, redis-py takes a piece
-    # of it for the host, which is shown. So these have one place each, or it is no URL.
+    # In a password @ / ? # must be quoted. If they are not, redis-py can take a piece of it for
+    # the host, and the host is shown.
     if not re.fullmatch(r"\w+://([^@/?#]*@)?[^@?#]*(\?[^@#]*)?", url):
         raise ValueError
     place = ("connection_class", "host", "port", "path", "db", "username", "password")
@@ -842,7 +846,7 @@ class RedisStore:
         await self.writer.disconnect(nowait=True)
         await self.pool.disconnect(inuse_connections=False)
         await self.ping()  # a short command: to it Redis says clearly if it wants a password
-        _, urls = await self.commit(0, {})  # tries what Redis may refuse, and adds nothing
+        _, urls = await self.commit(0, {})  # 0 is never new: it tries all, and adds nothing
         URLS.set(urls)
         if not urls:
             await self.look_for_counts()
