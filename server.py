@@ -354,17 +354,22 @@ async def metrics(request: web.Request) -> web.Response:
 PAGE = Path(__file__).resolve().with_name("dashboard.html")
 
 
-async def live_page(request: web.Request) -> web.StreamResponse:
+async def live_page(request: web.Request) -> web.Response:
     if not PAGE.exists():
         return answer({"error": "put dashboard.html beside server.py: it is the live page"}, 404)
-    policy = {"Content-Security-Policy": "frame-ancestors 'none'", "Cache-Control": "no-cache"}
-    return web.FileResponse(PAGE, headers={**NOSNIFF, **policy})
+    headers = {
+        **NOSNIFF,
+        "Content-Type": "text/html; charset=utf-8",
+        "Content-Security-Policy": "frame-ancestors 'none'",
+        "Cache-Control": "no-cache",
+    }
+    return web.Response(body=PAGE.read_bytes(), headers=headers)
 
 
 def store_of(request: web.Request) -> Store:
-    """The store, for a reader. While it is away this raises, so that no reader has to wait."""
+    """The store, for a reader. Raises StoreError at once if a reader would wait in vain."""
     commits = request.app[COMMITS]
-    if commits.away:
+    if commits.state in ("disconnected", "refuses"):
         raise StoreError(commits.reason)
     return commits.store
 
@@ -506,12 +511,12 @@ def summary(ms: list[float]) -> dict[str, float]:
 #   refuses        likewise: it answers, but with an error
 #   catching up    it gets the hits that were held, and requests wait 0.2 s. If they did not,
 #                  new hits could come faster than those get through
-# Only the first counts as being there; in the other three the store is away.
+# In all but the first the store is called away.
 
 ROUND_PATIENCE = 1.0  # seconds for a round of commits while requests wait for it
 CATCH_UP_DELAY = 0.2  # seconds
 CALL_PATIENCE = 8.0  # seconds for one command: the only limit while the store is away
-SLICE_BYTES = 128 * 1024  # even of the shortest URLs less than 1,000: milliseconds for Redis
+SLICE_BYTES = 128 * 1024  # by size_of(), so under 1,000 URLs: some milliseconds of Redis
 BACKLOG_BYTES = 64 * 1024 * 1024
 URL_OVERHEAD = 80  # bytes that a held URL takes beside Python's string
 
@@ -589,8 +594,9 @@ class GroupCommit:
         self.pending += 1
 
     def batch_for(self, url: str) -> dict[str, int]:
-        """The open batch, because a request waits for that. While the store is away, nobody
-        waits for either: then it is the closed batch, if the URL is held there already."""
+        """Where a hit is added: to the open batch, so that the request that waits is answered
+        with it. While the store is away, nobody waits for a batch: then a URL that the closed
+        batch has is counted there, so as not to be held twice."""
         return self.batch if url in self.batch and self.away else self.open_batch
 
     async def run(self) -> None:
@@ -607,7 +613,9 @@ class GroupCommit:
                     await self.commit_round()
             except Exception as error:  # whatever it is, no hit may be lost
                 self.hold(error)
-            if was_away and self.away:  # not after a first failure: then try again at once
+            # A pause between rounds while the store is away. But after the first failure it
+            # tries again at once.
+            if was_away and self.away:
                 await asyncio.sleep(0.1)
 
     async def commit_round(self) -> None:
@@ -615,14 +623,13 @@ class GroupCommit:
         if self.away:
             await self.store.open()
             self.state = "catching up"
-            self.reason = "Redis answers again, and gets the hits that were held"
         elif not self.open_batch:
             await self.store.ping()
         began = time.monotonic()
         await self.commit_batch()  # what a failure has left of the last one
         self.batch = self.open_batch
         self.open_batch = {}
-        waiting = len(self.waiters)  # for this batch. More may come, for the next one
+        waiting = len(self.waiters)  # those for this batch. More may come behind them
         await self.commit_batch()
         self.release(waiting)
         # Requests can wait for the store again when a round that carried everything was quick.
@@ -744,7 +751,8 @@ local urls = redis.call('ZCARD', rank)
 local counted = 0
 
 -- This slice was counted before, but its reply was lost. Make that reply again, and count
--- nothing: to add 0 fails for the keys for which it failed then.
+-- nothing. A URL without a key went to (other); for the rest, to add 0 shows whether the key
+-- can be raised, as it did then.
 if sequence <= seen then
   for i = first_url, #KEYS do
     local went_to_other = redis.call('EXISTS', KEYS[i]) == 0
