@@ -15,7 +15,6 @@ import socket
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +100,8 @@ async def test_a_path_has_at_most_2048_characters(client: App, length: int, stat
 
 @pytest.mark.parametrize("expected", ["100-continue", "foo"])
 async def test_a_client_that_expects_something_counts_once(victim: Server, expected: str) -> None:
-    lines = [
-        f"POST /api/{expected}/ HTTP/1.1",
-        f"Host: x\r\nExpect: {expected}\r\nContent-Length: 1",
-    ]
-    said = talk(victim.port, "\r\n".join([*lines, "Connection: close", "", "x"]).encode())
+    head = f"POST /api/{expected}/ HTTP/1.1\r\nHost: x\r\nExpect: {expected}\r\nContent-Length: 1"
+    said = talk(victim.port, f"{head}\r\nConnection: close\r\n\r\nx".encode())
     assert said.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK")
     assert (await victim.stats())[f"/api/{expected}/"] == 1
 
@@ -1127,7 +1123,7 @@ async def test_counts_without_a_list_are_told(
     assert await process.stats() == {"/api/old/": 8}
 
 
-def test_on_a_terminal_logs_are_for_people_and_hits_that_are_left_json(stack: ExitStack) -> None:
+def test_a_terminal_gets_text_but_hits_that_are_left_as_json(stack: contextlib.ExitStack) -> None:
     terminal, theirs = pty.openpty()
     stack.callback(os.close, terminal)
     port = free_port()
