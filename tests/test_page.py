@@ -298,6 +298,12 @@ async def test_it_works_under_a_path(browser: Browser, process: Server) -> None:
     assert all(request.url.startswith(base) for request in browser.requests)
 
 
+@in_chromium
+async def test_it_works_when_its_address_has_a_password(browser: Browser, process: Server) -> None:
+    await browser.page.goto(process.base.replace("//", "//owner:secret@"))
+    await browser.says("#hits", "0")
+
+
 @asynccontextmanager
 async def under_a_path(process: Server) -> AsyncIterator[str]:
     """A proxy in front: location /tracker/ { proxy_pass http://tracker/; }"""
