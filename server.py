@@ -369,7 +369,7 @@ async def live_page(request: web.Request) -> web.Response:
 def store_of(request: web.Request) -> Store:
     """The store, for a reader. Raises StoreError at once if a reader would wait in vain."""
     commits = request.app[COMMITS]
-    if commits.state in ("disconnected", "refuses"):
+    if commits.lost:
         raise StoreError(commits.reason)
     return commits.store
 
@@ -568,6 +568,10 @@ class GroupCommit:
     def away(self) -> bool:
         return self.state != "connected"
 
+    @property
+    def lost(self) -> bool:
+        return self.state in ("disconnected", "refuses")
+
     def hit(self, url: str) -> asyncio.Future[None]:
         """Add a hit. Done when the store has it or, while that is away, at once."""
         self.add(url)
@@ -620,7 +624,7 @@ class GroupCommit:
 
     async def commit_round(self) -> None:
         """Commit all that is held, then answer the requests that wait for it."""
-        if self.away:
+        if self.lost:
             await self.store.open()
             self.state = "catching up"
         elif not self.open_batch:
