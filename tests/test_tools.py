@@ -173,6 +173,7 @@ FAILS = {
     "": "set REDIS_URL",
     "redis://:secret@127.0.0.1:1/0": "connecting to 127.0.0.1:1",
     "redis://:secret@127.0.0.1:no/0": "REDIS_URL is no address like redis://host:6379/0",
+    "redis://:p@secret#word@127.0.0.1/0": "REDIS_URL is no address like redis://host:6379/0",
     ":secret@127.0.0.1": "REDIS_URL is no address like redis://host:6379/0",
     "http://u:secret@h/": "REDIS_URL is no address like redis://host:6379/0",
     "redis://bob:secret@{}/0": "invalid username-password pair",

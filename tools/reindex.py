@@ -12,6 +12,7 @@ of single days are left as they are: nothing else in Redis knows the hits of a d
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -88,8 +89,9 @@ def index(client: redis.Redis, keys: list[bytes]) -> list[bytes]:
 
 def connect(url: str) -> redis.Redis:
     """A client for the address in url. Raises what redis-py likes if that is no good."""
-    if "://" not in url:
-        raise ValueError("redis-py would take the host to be localhost")
+    # In a password @ / ? # must be quoted, or a piece of it can pass for the host, which is shown.
+    if not re.fullmatch(r"\w+://([^@/?#]*@)?[^@?#]*(\?[^@#]*)?", url):
+        raise ValueError
     said: dict[str, Any] = parse_url(url)  # type: ignore[no-untyped-call]
     options = {name: said[name] for name in PLACE + TLS if name in said}
     pool = redis.ConnectionPool(protocol=2, socket_timeout=30, socket_connect_timeout=5, **options)
