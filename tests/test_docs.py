@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import tomllib
@@ -25,6 +24,7 @@ from conftest import (
     HERE,
     Load,
     MakeRedis,
+    Nginx,
     RedisServer,
     Serve,
     block,
@@ -202,9 +202,9 @@ async def test_servers_started_as_the_unit_says_count_as_one_behind_nginx(
         with log.open("wb") as file:
             start = shlex.split(command.replace(*HERE_PYTHON))
             processes.append(launched(stack, start, file, env))
-    nginx(stack, tmp_path, with_ports(block("docs/operations.md", "nginx", "trackers"), ports))
+    conf = with_ports(block("docs/operations.md", "nginx", "trackers"), ports)
+    Nginx(stack, tmp_path / "nginx", ports[80], conf)
     wait_for(lambda: all("started" in log.read_text() for log in logs))
-    wait_for(lambda: listens(ports[80]))
 
     async with Load(ports[80]) as load:
         await load.more(1000)
@@ -224,23 +224,6 @@ async def test_servers_started_as_the_unit_says_count_as_one_behind_nginx(
     request = b"GET /api/a/ HTTP/1.0\r\n\r\n"
     codes = [talk(ports[80], request).split()[1] for _ in range(20)]
     assert set(codes[10:]) == {b"200"}
-
-
-def listens(port: int) -> bool:
-    with socket.socket() as sock:
-        return sock.connect_ex(("127.0.0.1", port)) == 0
-
-
-def nginx(stack: ExitStack, folder: Path, http: str) -> None:
-    """A real nginx with this in its http { }, and all its files in a folder."""
-    kinds = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
-    folders = "".join(f"{kind}_temp_path {folder}/{kind}; " for kind in kinds)
-    (folder / "nginx.conf").write_text(
-        f"daemon off; user root; pid {folder}/pid; events {{ }}\n"  # unless root, it stays us
-        f"http {{ access_log off; {folders}\n{http} }}\n"
-    )
-    options = ["-p", str(folder), "-e", str(folder / "error.log"), "-c", "nginx.conf"]
-    launched(stack, ["nginx", *options])
 
 
 # --- Redis ----------------------------------------------------------------------------------

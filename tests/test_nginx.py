@@ -12,7 +12,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import sys
 import time
 from base64 import b64encode
@@ -32,6 +31,7 @@ from conftest import (
     Http,
     Load,
     MakeRedis,
+    Nginx,
     RedisServer,
     Serve,
     Server,
@@ -56,51 +56,6 @@ def tools() -> None:
     for program in ("nginx", "jq", "curl", "openssl"):
         if not shutil.which(program):
             missing(program)
-
-
-class Nginx(Http):
-    """A real nginx with this in its http { }, and all its files in a folder."""
-
-    def __init__(self, stack: ExitStack, folder: Path, port: int, http: str) -> None:
-        folder.mkdir(exist_ok=True)
-        self.stack = stack
-        self.port = port
-        self.log = folder / "error.log"
-        conf = folder / "nginx.conf"
-        kinds = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
-        folders = "".join(f"{kind}_temp_path {folder}/{kind}; " for kind in kinds)
-        conf.write_text(
-            f"daemon off; user root; pid {folder}/pid; events {{ }}\n"  # unless root, it stays us
-            f"http {{ access_log {folder}/access.log combined; {folders}\n{http} }}\n"
-        )
-        self.command = ["nginx", "-p", str(folder), "-e", str(self.log), "-c", str(conf)]
-        self.start()
-
-    def start(self) -> None:
-        self.process = launched(self.stack, self.command)
-        wait_for(self.listens)
-
-    def listens(self) -> bool:
-        assert self.process.poll() is None, self.log.read_text()
-        with socket.socket() as sock:
-            return sock.connect_ex(("127.0.0.1", self.port)) == 0
-
-    def restart(self) -> None:
-        """Once it has finished what it is doing: mirrored requests, too."""
-        self.process.send_signal(signal.SIGQUIT)
-        self.process.wait(timeout=PATIENCE)
-        self.start()
-
-    async def visit(
-        self, target: str = "/", method: str = "GET", host: str = "x", agent: str = "Mozilla/5.0"
-    ) -> int:
-        """The status of the answer. A target may hold any bytes."""
-        length = "Content-Length: 5\r\n" if method == "POST" else ""
-        head = f"{method} {target} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: {agent}\r\n{length}"
-        body = "12345" if length else ""
-        request = f"{head}Connection: close\r\n\r\n{body}".encode("utf-8", "surrogateescape")
-        said = await asyncio.to_thread(talk, self.port, request)
-        return int(said.split()[1])
 
 
 # --- A site that exists ---------------------------------------------------------------------
