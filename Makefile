@@ -19,7 +19,7 @@ run: $(VENV)/run  ## start the server on http://localhost:5000
 run-local: run  ## the same, under its older name
 
 test: $(VENV)/dev redis-server  ## run the tests, with a real redis-server
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 4
 
 soak: $(VENV)/dev redis-server  ## ten minutes of random faults under load
 	$(VENV)/bin/python -m pytest -m soak -s

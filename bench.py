@@ -395,7 +395,7 @@ def packed_commits(keep_days: int, batches: Iterable[list[str]]) -> list[bytes]:
     """What the server would send to commit a hit of each URL."""
     from hiredis import pack_command
 
-    from server import RedisStore
+    from server import RedisStore, read_settings
 
     packed: list[bytes] = []
 
@@ -405,7 +405,7 @@ def packed_commits(keep_days: int, batches: Iterable[list[str]]) -> list[bytes]:
             raise EOFError  # there is nobody to reply
 
     async def commit_all() -> None:
-        store = Packer("redis://nowhere", 10**9, keep_days)
+        store = Packer(read_settings(["--keep-days", str(keep_days)]))
         for sequence, urls in enumerate(batches, 1):
             with suppress(EOFError):
                 await store.commit(sequence, dict.fromkeys(urls, 1))

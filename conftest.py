@@ -6,6 +6,7 @@ What a test starts ends with it, whatever becomes of the test.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import os
@@ -385,17 +386,36 @@ class App(Http):
 ClientOf = Callable[..., Awaitable[App]]
 
 
+def settings_of(redis_url: str = "", **changes: Any) -> argparse.Namespace:
+    """The defaults, but for what is given."""
+    defaults = {name: default for name, default, *_ in server.OPTIONS}
+    return argparse.Namespace(**defaults | {"redis_url": redis_url} | changes)
+
+
 @pytest.fixture
 def client_of(aiohttp_server: Callable[..., Awaitable[TestServer]]) -> ClientOf:
     """A function that starts the application in this process."""
 
     async def start(redis_url: str = "", **settings: Any) -> App:
-        app = server.create_app(server.Settings(redis_url=redis_url, **settings))
+        app = server.create_app(settings_of(redis_url, **settings))
         started = await aiohttp_server(app)
         assert started.port
         return App(app, started.port)
 
     return start
+
+
+@asynccontextmanager
+async def group_commit(store: server.Store) -> AsyncIterator[server.GroupCommit]:
+    """Group commit alone, without the application."""
+    commits = server.GroupCommit(store)
+    task = asyncio.create_task(commits.run())
+    try:
+        yield commits
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+        await store.close()
 
 
 @pytest.fixture

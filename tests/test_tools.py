@@ -13,7 +13,18 @@ from typing import Any
 import pytest
 import redis
 
-from conftest import ClientOf, Load, MakeRedis, RedisServer, RigOf, Serve, block, run, settled
+from conftest import (
+    ClientOf,
+    Load,
+    MakeRedis,
+    RedisServer,
+    RigOf,
+    Serve,
+    block,
+    run,
+    settings_of,
+    settled,
+)
 from server import RedisStore
 from tools import reindex
 
@@ -33,8 +44,8 @@ def old_counts(server: RedisServer, urls: Iterable[str]) -> dict[str, int]:
 
 
 async def opened(server: RedisServer) -> RedisStore:
-    store = RedisStore(server.url, 10**6, 7)
-    await store.open()
+    store = RedisStore(settings_of(server.url))
+    await store.connect()
     return store
 
 
@@ -222,13 +233,13 @@ LINE = (
 async def test_what_a_server_could_not_commit_is_added_once(
     rig_of: RigOf, tmp_path: Path, sent_is_there: bool
 ) -> None:
-    rig = await rig_of(code="server.SLICE_BYTES = 2000; server.main()")
+    rig = await rig_of(code="server.BATCH_BYTES = 2000; server.main()")
     async with rig.load:
         if sent_is_there:
             rig.proxy.swallow = 10**9  # Redis has it, but its replies never arrive
         else:
             rig.proxy.delay = 10**9  # what is sent never arrives
-        await rig.logs("redis is away")
+        await rig.logs("redis disconnected")
         await rig.load.more(1000)
         assert await rig.server.stop() == 0
     assert rig.server.says("hits not committed") > 2

@@ -91,7 +91,7 @@ def main() -> None:
     except LogError as error:
         sys.exit(f"recover.py: {error}")
     try:
-        store = RedisStore(settings.redis_url, settings.max_urls, settings.keep_days)
+        store = RedisStore(settings)
         print(f"{asyncio.run(recover(store, slices))} hits added")
     except (redis.RedisError, OSError) as error:
         reason = str(error) or "Redis gives no answer"
