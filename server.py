@@ -64,9 +64,8 @@ __version__ = "2.0.0"
 
 log = structlog.get_logger()
 STAMPS = (steps.add_log_level, steps.TimeStamper("iso"), steps.format_exc_info)
-AS_JSON = steps.JSONRenderer()
-# For the hits that are left at the end: tools/recover.py reads them, from a terminal, too.
-json_log = structlog.wrap_logger(logging.getLogger(), (*STAMPS, AS_JSON))
+# The hits that are left at the end are JSON on a terminal, too, for tools/recover.py.
+json_log = structlog.wrap_logger(logging.getLogger(), (*STAMPS, steps.JSONRenderer()))
 
 
 @lru_cache(1000)  # called again with the same words, it does nothing
@@ -108,7 +107,7 @@ def read_settings(arguments: list[str]) -> argparse.Namespace:
         names = [word for word in unknown if re.fullmatch("--[a-z_-]+", word)]
         parser.error(f"not known: {', '.join(names) or 'an argument'}; see --help")
     try:
-        RedisStore(settings)
+        RedisStore(settings)  # reads the address, and connects to nothing
     except Exception:  # not with redis-py's words, which may quote a part of the password
         parser.error("argument --redis-url: REDIS_URL is no address like redis://host:6379/0")
     return settings
@@ -140,7 +139,7 @@ NOSNIFF = {"X-Content-Type-Options": "nosniff"}
 HEADERS = {**NOSNIFF, "Content-Type": "application/json", "Cache-Control": "no-store"}
 RETRY_LATER = {"Retry-After": "1"}
 NOT_HERE = "nothing is here: paths that start with /api/ are counted, /stats/ lists them"
-OTHER_SITE = "not by a page of another site (in nginx: proxy_set_header Host $http_host)"
+OTHER_SITE = "a page of another site asked for this (in nginx: proxy_set_header Host $http_host)"
 REQUESTS = prometheus.Histogram(
     "http_request_duration_seconds", "From arrival to answer", ("method", "route", "code")
 )
@@ -261,7 +260,7 @@ async def test(request: Request) -> Response:
         raise web.HTTPForbidden(text=OTHER_SITE)
     n = number(request.match_info, "n", 1, (1, most))
     concurrency = number(request.query, "concurrency", 32, (1, 256))
-    seed = number(request.query, "seed", random.randrange(10**9))
+    seed = number(request.query, "seed", random.getrandbits(30))
     lock = request.app[TEST_RUN]
     if lock.locked():
         raise web.HTTPTooManyRequests(text="wait: a test run is under way", headers=RETRY_LATER)
@@ -353,11 +352,14 @@ def day_asked_for(request: Request) -> str:
     raise web.HTTPBadRequest(text=f"day is {day!r}: use today, yesterday or 2026-11-26")
 
 
-async def expect_nothing(request: Request) -> None:
-    """A request with an Expect header is answered at once: nobody reads its body."""
+async def go_on(request: Request) -> None:
+    """Whatever a client expects (Expect: 100-continue), let it send its body."""
+    if request.version == aiohttp.HttpVersion11:
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
-ROUTES = {  # by their names in /metrics
+# By their names in /metrics. What is named in {} is not used, only its regular expression.
+ROUTES = {
     "/": web.get("/", live_page),
     "/stats/": web.get("/stats{slash:/?}", stats),
     "/stats/api/...": web.get("/stats{url:/api/(?s:.*)}", stats_of_url),
@@ -368,7 +370,7 @@ ROUTES = {  # by their names in /metrics
 }
 ROUTE_NAMES = {route.handler: name for name, route in ROUTES.items()}
 for route in ROUTES.values():
-    route.kwargs["expect_handler"] = expect_nothing  # aiohttp's has a 417 in plain text
+    route.kwargs["expect_handler"] = go_on  # aiohttp's has a 417 in plain text
 
 
 # --- Synthetic traffic ------------------------------------------------------------------
@@ -433,14 +435,15 @@ def summary(ms: list[float]) -> dict[str, float]:
 # No timer delays a hit: an idle server commits at once, a busy one in batches that grow
 # with its load (DeWitt et al., Implementation Techniques for Main Memory Database Systems,
 # 1984). While the store is away, hits are held in a backlog, and no request waits. When it
-# is back, requests wait again, and the backlog fills up their batches. So it gets smaller
-# however high the load is.
+# is back, requests wait again, and each batch takes 128 kB of the backlog along. So that
+# gets smaller however high the load is.
 
 PATIENCE = 1.0  # seconds that a commit may take while requests wait for it
 LONG_PATIENCE = 8.0  # seconds for an attempt while the store is away: it may be slow
-BATCH_BYTES = 128 * 1024  # to which the backlog fills one: 1,000 URLs, 5 ms of Redis
-BACKLOG_BYTES = 64 * 1024 * 1024
+TAKEN_ALONG = 128 * 1024  # bytes of the backlog in a batch: 1,000 URLs, 5 ms of Redis
+BACKLOG_BYTES = 64 * 1024**2
 URL_OVERHEAD = 80  # bytes that a held URL takes beside Python's string
+REFUSALS = (redis.ResponseError, redis.AuthenticationError, redis.BusyLoadingError)
 
 HITS = prometheus.Counter("url_hits", "Hits that the store has counted")
 PENDING = prometheus.Gauge("url_hits_pending", "Hits that the store has not confirmed yet")
@@ -460,7 +463,7 @@ class GroupCommit:
         self.backlog = Counter[str]()  # is held: no request waits for it
         self.backlog_bytes = 0
         self.pending = 0  # hits in all three
-        self.waiters: list[asyncio.Future[None]] = []  # for sent, then for open_batch
+        self.waiters: list[asyncio.Future[None]] = []  # in the order of their hits
         self.wake = asyncio.Event()  # there is a hit to commit
         self.sequence = 0  # number of the last batch
         self.state = "starting"  # then connected, disconnected, or refuses: Redis says no
@@ -477,6 +480,7 @@ class GroupCommit:
         waiter: asyncio.Future[None] = asyncio.Future()  # if it is cancelled, no other is
         if self.away:
             if url not in self.backlog:
+                # A full backlog still takes hits for a URL that is held, if only in sent.
                 if self.backlog_bytes >= BACKLOG_BYTES and url not in self.sent:
                     raise StoreError("too many URLs wait for Redis: try again later")
                 self.backlog_bytes += size_of(url)
@@ -504,20 +508,21 @@ class GroupCommit:
                     if not opened:
                         await self.store.connect()
                         opened = True
-                        held = self.pending
-                    await self.commit()
-                # A store that is too slow for requests to wait is away until it is quick.
+                        held = self.pending  # for the log
+                    await self.commit_batch()
+                # Requests can wait again if that was quick. A slow store gets hits, too, but
+                # stays away, or it would come and go.
                 if self.away and time.monotonic() - began < PATIENCE / 2:
                     event = "counting" if self.state == "starting" else "redis is back"
                     log.info(event, where=self.store.where, held=held)
                     self.state = "connected"  # from now on requests wait
             except Exception as error:  # whatever it is, no hit may be lost
-                if self.away:  # the first failure is followed by a try at once
+                if self.away:  # so the first failure is followed by a try at once
                     await asyncio.sleep(0.1)
                 opened = False
                 self.hold(error)
 
-    async def commit(self) -> None:
+    async def commit_batch(self) -> None:
         if not self.pending:
             await self.store.ping()
             return
@@ -528,7 +533,7 @@ class GroupCommit:
         waiting = len(self.waiters)  # for this batch; while it is on its way, more come
         with COMMIT_SECONDS.time():
             counted, urls = await self.store.commit(self.sequence, self.sent)
-        self.pending -= self.sent.total()  # commit() logs those that cannot count
+        self.pending -= self.sent.total()  # the store has logged those that cannot count
         self.sent = Counter()
         self.release(waiting)
         HITS.inc(counted)
@@ -541,12 +546,11 @@ class GroupCommit:
         self.sent = self.open_batch
         self.open_batch = Counter()
         self.sequence += 1
-        size = 0
-        while self.backlog and size < BATCH_BYTES:
+        rest = self.backlog_bytes - TAKEN_ALONG
+        while self.backlog and self.backlog_bytes > rest:
             url, hits = self.backlog.popitem()
             self.sent[url] += hits
             self.backlog_bytes -= size_of(url)
-            size += size_of(url)
 
     def release(self, n: int) -> None:
         """Let the first n requests that wait be answered."""
@@ -563,7 +567,7 @@ class GroupCommit:
             log.error(f"redis {state}, hits are held", where=self.store.where, error=self.reason)
         self.state = state
         if self.open_batch:
-            self.backlog.update(self.open_batch)
+            self.backlog.update(self.open_batch)  # a Counter adds
             self.backlog_bytes = sum(map(size_of, self.backlog))
             self.open_batch = Counter()
         self.release(len(self.waiters))
@@ -594,7 +598,6 @@ def size_of(url: str) -> int:
 
 OTHER = "(other)"
 LIST_PAGE = 200  # URLs read at a time: what a client that stops reading keeps in memory
-REFUSALS = (redis.ResponseError, redis.AuthenticationError, redis.BusyLoadingError)
 REFUSED = prometheus.Counter("url_keys_refused", "Times that a key could not be raised")
 
 # KEYS: url_commit:<instance>, url_rank, url_total, url_count:(other), url_rank:<day>,
@@ -618,13 +621,14 @@ end
 local seen = redis.call('INCRBY', commit, 0)
 redis.call('EXPIRE', commit, 24 * 60 * 60)
 redis.call('EXISTS', other)
-redis.call('ZADD', rank, 'XX', 'INCR', 0, '')
+redis.call('ZADD', rank, 'XX', 'INCR', 0, '')  -- XX: adds no member
 if keep > 0 then redis.call('ZADD', day_rank, 'XX', 'INCR', 0, '') end
 local urls = redis.call('ZCARD', rank)
 
 -- This batch was counted before, but its reply was lost. Make that reply again, and count
--- nothing. A URL without a key went to (other). For others, to add 0 shows whether the key
--- can be raised, as it did then (only a count at the limit of 2^63 does not show).
+-- nothing. The hits of a URL that has no key went to (other). Whether another key could be
+-- raised, adding 0 shows. (It does not if (other) could not, or if a count is near 2^63:
+-- then a metric is off, and no count.)
 if sequence <= seen then
   for i = 7, #KEYS do
     local went_to_other = redis.call('EXISTS', KEYS[i]) == 0
@@ -664,9 +668,9 @@ return {counted, redis.call('ZCARD', rank), refused}
 
 def address_of(url: str) -> dict[str, Any]:
     """Where Redis is, in options of redis-py. Others, such as time-outs, are left out."""
-    # In a password @ / ? # must be quoted. If they are not, redis-py can take a piece of
+    # One of @ / ? # before the last @ is an unquoted password. redis-py could take a piece of
     # it for the host, and the host is shown.
-    if not re.fullmatch(r"\w+://([^@/?#]*@)?[^@?#]*(\?[^@#]*)?", url):
+    if re.search("://.*[@/?#].*@", url):
         raise ValueError
     place = "connection_class|host|port|path|db|username|password|ssl_.*"
     return {name: it for name, it in parse_url(url).items() if re.fullmatch(place, name)}
@@ -677,7 +681,7 @@ def store_errors() -> Iterator[None]:
     """Whatever fails when Redis is read is a StoreError."""
     try:
         yield
-    # ValueError, OverflowError: int() of a count that is "many" or infinite.
+    # RuntimeError: uvloop's, of a closed connection. The last two: int("many"), int(infinite).
     except (redis.RedisError, OSError, RuntimeError, ValueError, OverflowError) as error:
         raise StoreError(f"Redis: {error}") from error
 
@@ -697,8 +701,9 @@ class RedisStore:
         # be, and sends once. If it or read_response() fails or is cancelled, the connection
         # is closed. So a late reply is never taken for that of the next command.
         self.writer = connection_class(socket_timeout=None, protocol=2, **address)
-        at = self.writer
-        self.where = address.get("path") or f"{at.host}:{at.port}/{at.db}"
+        self.where = (
+            address.get("path") or f"{self.writer.host}:{self.writer.port}/{self.writer.db}"
+        )
         self.pool = BlockingConnectionPool(
             connection_class=connection_class,
             max_connections=16,
@@ -707,7 +712,7 @@ class RedisStore:
             # Readers ask a second time, because firewalls forget idle connections. The type
             # of Retry knows redis-py's errors only, but uvloop has others.
             retry=Retry(NoBackoff(), 1, (Exception,)),  # type: ignore[arg-type]
-            protocol=2,  # with 3 one can get a connection that Redis has closed (#4252)
+            protocol=2,  # with 3 one can get a closed connection (redis-py #4252)
             **address,
         )
         self.redis: Any = Redis.from_pool(self.pool)
@@ -722,8 +727,11 @@ class RedisStore:
         """Connect to where the address leads now, and see if Redis takes commits."""
         await self.writer.disconnect(nowait=True)
         await self.pool.disconnect(inuse_connections=False)
-        await self.ping()  # short, so if Redis wants a password, it says that clearly
-        _, urls = await self.commit(0, {})  # 0 is never new: it tries all, and adds none
+        # First a short command: if a password is missing, Redis says so. To a long one it
+        # says "Protocol error".
+        await self.ping()
+        # Number 0 is never new: so the script tries its commands, and counts nothing.
+        _, urls = await self.commit(0, {})
         if not urls:
             with suppress(redis.ResponseError):  # no right to look
                 # In 10,000 keys, for a Redis may have a billion that are not ours.
@@ -741,8 +749,9 @@ class RedisStore:
         keys = [f"url_commit:{self.instance}", "url_rank", "url_total", f"url_count:{OTHER}"]
         keys += [f"url_rank:{day}", f"url_total:{day}", *(f"url_count:{url}" for url in hits)]
         numbers = [sequence, self.settings.max_urls, self.settings.keep_days * 86_400]
-        reply = await self.call("EVAL", COMMIT, len(keys), *keys, *numbers, *hits.values())
-        counted, urls, refused = reply
+        counted, urls, refused = await self.call(
+            "EVAL", COMMIT, len(keys), *keys, *numbers, *hits.values()
+        )
         for key, error in refused:
             REFUSED.inc()
             log_once("cannot count", key=key.decode(), error=error.decode())
@@ -761,7 +770,9 @@ class RedisStore:
         with store_errors():
             count = await self.redis.zscore(key, url)
             ahead = await self.redis.zrevrank(key, url)
-            return None if count is None else (int(count), ahead + 1)
+            if count is None or ahead is None:  # a day can expire between the two
+                return None
+            return int(count), ahead + 1
 
     async def ranked(self, day: str, offset: int, limit: int) -> Pages:
         """Most requested first, equal counts by descending URL."""
@@ -862,11 +873,11 @@ async def counting(settings: argparse.Namespace, app: web.Application) -> AsyncI
     store = await choose_store(settings)
     commits = app[COMMITS] = GroupCommit(store)
     task = asyncio.create_task(commits.run())
-    for _ in range(100):  # a second at most, so that /stats/ works at once
+    for _ in range(100):  # poll, for a second at most, so that /stats/ works at once
         if commits.away:
             await asyncio.sleep(0.01)
     yield
-    for _ in range(200):
+    for _ in range(200):  # poll, for two seconds at most
         if commits.pending:
             await asyncio.sleep(0.01)
     task.cancel()
@@ -893,8 +904,8 @@ async def serve(settings: argparse.Namespace, listener: socket.socket) -> None:
         auto_decompress=False,  # nobody reads a body, so none is inflated
         # More than aiohttp's 8 kB and 128. But 16 kB of slashes cost its router 27 ms, 64 kB
         # 284, and a client that sends headers and no end of them is held in memory.
-        max_line_size=16 * 1024,
-        max_field_size=16 * 1024,
+        max_line_size=16_384,
+        max_field_size=16_384,
         max_headers=256,
         shutdown_timeout=1.5,  # then aiohttp cancels, and waits as long again
     )
@@ -927,7 +938,7 @@ def stop_event() -> asyncio.Event:
 
 def configure_logging() -> None:
     """One event a line on standard error: for people on a terminal, else JSON."""
-    render = structlog.dev.ConsoleRenderer() if os.isatty(2) else AS_JSON
+    render = structlog.dev.ConsoleRenderer() if os.isatty(2) else steps.JSONRenderer()
     # The standard library's loggers survive a log that cannot be written (a full disk).
     structlog.configure((*STAMPS, render), logger_factory=structlog.stdlib.LoggerFactory())
     logging.basicConfig(format="%(message)s", level=logging.INFO)
@@ -950,11 +961,12 @@ def main() -> None:
     settings = read_settings(sys.argv[1:])
     prepare_process()
     configure_logging()
-    address = (settings.host, settings.port)
     ipv6 = ":" in settings.host
     family = socket.AF_INET6 if ipv6 else socket.AF_INET
     try:
-        listener = socket.create_server(address, family=family, dualstack_ipv6=ipv6)
+        listener = socket.create_server(
+            (settings.host, settings.port), family=family, dualstack_ipv6=ipv6
+        )
     except (OSError, UnicodeError) as error:
         sys.exit(f"server.py: cannot listen on PORT {settings.port} of HOST: {error}")
     uvloop.run(serve(settings, listener))

@@ -104,7 +104,7 @@ async def test_a_path_has_at_most_2048_characters(client: App, length: int, stat
 async def test_a_client_that_expects_something_counts_once(victim: Server, expected: str) -> None:
     head = f"POST /api/{expected}/ HTTP/1.1\r\nHost: x\r\nExpect: {expected}\r\nContent-Length: 1"
     said = talk(victim.port, f"{head}\r\nConnection: close\r\n\r\nx".encode())
-    assert said.startswith(b"HTTP/1.1 200 OK")
+    assert said.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK")
     assert (await victim.stats())[f"/api/{expected}/"] == 1
 
 
@@ -686,7 +686,7 @@ async def test_a_full_backlog_refuses_new_urls(client_of: ClientOf, monkeypatch:
 POOL = [f"/api/{name}/" for name in "abcdef"]
 MOST = 4  # URLs, so that the cap is met
 STORES = st.integers(0, 1)
-SLICES = st.dictionaries(st.sampled_from(POOL), st.integers(1, 3), min_size=1, max_size=4)
+BATCHES = st.dictionaries(st.sampled_from(POOL), st.integers(1, 3), min_size=1, max_size=4)
 
 
 class StoreMachine(stateful.RuleBasedStateMachine):
@@ -731,16 +731,16 @@ class StoreMachine(stateful.RuleBasedStateMachine):
                     self.days.setdefault(self.calendar.utc_day(), Counter())[url] += n
         return counted
 
-    @stateful.rule(n=STORES, slices=st.lists(SLICES, min_size=1, max_size=3))
-    def commit(self, n: int, slices: list[Counts]) -> None:
-        for hits in slices:
+    @stateful.rule(n=STORES, batches=st.lists(BATCHES, min_size=1, max_size=3))
+    def commit(self, n: int, batches: list[Counts]) -> None:
+        for hits in batches:
             self.sent[n].append(hits)
             counted = self.expect(hits, self.stores[n].settings.keep_days > 0)
             answered = self.runner.run(self.stores[n].commit(len(self.sent[n]), hits))
             assert answered == (counted, len(self.listed))
 
     @stateful.rule(n=STORES, back=st.integers(1, 3))
-    def an_old_slice_arrives_again(self, n: int, back: int) -> None:
+    def an_old_batch_arrives_again(self, n: int, back: int) -> None:
         """The last one, as its reply was lost; or one before, as an old copy was late."""
         number = len(self.sent[n]) + 1 - back
         if number > self.forgotten[n]:

@@ -247,7 +247,7 @@ async def test_readers_follow_the_address_when_an_old_redis_wakes_up(
 async def test_an_address_that_leads_to_two_redis_in_turns_loses_nothing(
     rig_of: RigOf, own_redis: MakeRedis
 ) -> None:
-    """A slice that was sent again may be in both of them; each of them adds up."""
+    """A batch that was sent again may be in both of them; each of them adds up."""
     rig = await rig_of()
     second = own_redis()
     ports = itertools.cycle([second.port, rig.redis.port])
@@ -386,7 +386,7 @@ class Distinct(Load):
 async def test_a_short_outage_ends_while_the_load_goes_on(
     rig_of: RigOf, latency: float, seconds: float
 ) -> None:
-    """Also if Redis is so far off that new hits could come faster than slices get there."""
+    """Also if Redis is so far off that new hits could come faster than batches get there."""
     rig = await rig_of()
     rig.proxy.latency = latency
     rig.load = Distinct(rig.server.port)
@@ -407,8 +407,8 @@ async def test_a_short_outage_ends_while_the_load_goes_on(
     assert rig.load.slowest < 3
 
 
-async def slices_as_on_any_day(redis: RedisServer, urls: list[str]) -> float:
-    """Seconds for the same hits, sent in slices of a fixed size, one after the other."""
+async def batches_as_on_any_day(redis: RedisServer, urls: list[str]) -> float:
+    """Seconds for the same hits, sent in batches of a fixed size, one after the other."""
     store = server.RedisStore(settings_of(redis.url))
     began = time.monotonic()
     size = 100_000 * len(urls) // sum(map(len, urls))
@@ -425,7 +425,7 @@ async def test_coming_back_is_as_fast_as_going_on(own_redis: MakeRedis, mix: str
     long = {"short": 10**9, "mixed": 40, "long": 1}[mix]  # one of so many
     n = 4_000 if mix == "long" else 20_000
     urls = [f"/api/{i}/" if (i + 1) % long else f"/api/{i}/{'x' * 1900}/" for i in range(n)]
-    usual = await slices_as_on_any_day(redis, urls)
+    usual = await batches_as_on_any_day(redis, urls)
     redis.kill()
     async with group_commit(server.RedisStore(settings_of(redis.url))) as commits:
         for url in urls:
@@ -440,16 +440,16 @@ async def test_coming_back_is_as_fast_as_going_on(own_redis: MakeRedis, mix: str
 
 
 class Gated(server.RedisStore):
-    """Lets slices through one by one."""
+    """Lets batches through one by one."""
 
     def __init__(self, url: str) -> None:
         super().__init__(settings_of(url))
         self.gate = asyncio.Semaphore(0)
-        self.slices: list[list[str]] = []
+        self.batches: list[list[str]] = []
 
     async def commit(self, sequence: int, hits: Any) -> Any:
         if hits:
-            self.slices.append(list(hits))
+            self.batches.append(list(hits))
             await self.gate.acquire()
         return await super().commit(sequence, hits)
 
@@ -462,7 +462,7 @@ async def test_who_waits_for_what_has_been_committed_is_answered_at_once(
     async with group_commit(store) as commits:
         await until(lambda: not commits.away)
         first = [commits.hit(f"/api/{n}/") for n in range(3)]
-        await until(lambda: store.slices)
+        await until(lambda: store.batches)
         late = [commits.hit(f"/api/{n}/") for n in range(3)]
         for _ in range(2):
             store.gate.release()
@@ -499,7 +499,7 @@ async def proxied(
         yield await client_of(f"redis://127.0.0.1:{proxy.port}/0"), proxy
 
 
-async def test_a_slice_that_is_sent_again_after_midnight_counts_once_on_one_day(
+async def test_a_batch_that_is_sent_again_after_midnight_counts_once_on_one_day(
     redis_server: RedisServer, proxied: tuple[App, Proxy], set_clock: SetClock
 ) -> None:
     app, proxy = proxied
@@ -515,7 +515,7 @@ async def test_a_slice_that_is_sent_again_after_midnight_counts_once_on_one_day(
     redis_server.check_index()
 
 
-async def test_a_slice_that_arrives_after_midnight_counts_on_that_day(
+async def test_a_batch_that_arrives_after_midnight_counts_on_that_day(
     redis_server: RedisServer, proxied: tuple[App, Proxy], set_clock: SetClock
 ) -> None:
     """And when its old copy arrives at last, nothing changes."""
@@ -562,7 +562,7 @@ async def test_sigterm_with_redis_away_logs_what_is_not_in_redis(
     rig_of: RigOf, sent_is_there: bool
 ) -> None:
     """Lines with a number up to that in url_commit:<instance> are there, the others are not."""
-    rig = await rig_of(code="server.BATCH_BYTES = 2000; server.main()")
+    rig = await rig_of(code="server.TAKEN_ALONG = 2000; server.main()")
     async with rig.load:
         if sent_is_there:
             rig.proxy.swallow = 10**9  # Redis has it, but its replies never arrive
@@ -626,10 +626,10 @@ async def test_kill_9_of_the_server_loses_nothing_that_was_answered(rig_of: RigO
 # --- Bounds ---------------------------------------------------------------------------------
 
 
-async def test_a_full_backlog_refuses_new_urls_only_and_comes_back_in_slices(
+async def test_a_full_backlog_refuses_new_urls_only_and_comes_back_in_batches(
     client_of: ClientOf, own_redis: MakeRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And no slice holds Redis up for long."""
+    """And no batch holds Redis up for long."""
     monkeypatch.setattr(server, "BACKLOG_BYTES", 2_000_000)
     redis = own_redis()
     app = await client_of(redis.url)
@@ -666,10 +666,10 @@ async def test_what_is_on_its_way_back_can_be_hit_again_without_a_second_copy(
             urls.append(f"/api/{len(urls)}/")
             await commits.hit(urls[-1])
         redis.start()
-        await until(lambda: store.slices)  # the first of several, and it does not get through
+        await until(lambda: store.batches)  # the first of several, and it does not get through
         for url in urls:
             commits.hit(url)  # not awaited: each would take a moment now
-        assert commits.backlog_bytes < server.BACKLOG_BYTES + server.BATCH_BYTES
+        assert commits.backlog_bytes < server.BACKLOG_BYTES + server.TAKEN_ALONG
         for _ in urls:
             store.gate.release()
         await until(lambda: not commits.pending)
@@ -807,7 +807,7 @@ async def test_the_log_says_if_a_redis_that_was_away_now_refuses(rig_of: RigOf) 
 
 
 def evals(redis: RedisServer) -> int:
-    """How many slices, and looks at Redis, it has had."""
+    """How many batches, and looks at Redis, it has had."""
     return int(redis.client.info("commandstats")["cmdstat_eval"]["calls"])
 
 
@@ -946,7 +946,7 @@ async def test_100_readers_of_whole_lists_starve_nobody(
     serve: Serve, redis_server: RedisServer
 ) -> None:
     """Not each other, not /health, not the commits."""
-    await slices_as_on_any_day(redis_server, [f"/api/{n}/" for n in range(20_000)])
+    await batches_as_on_any_day(redis_server, [f"/api/{n}/" for n in range(20_000)])
     process = serve(redis_server.url)
     statuses = Counter[int]()
     waits: list[float] = []

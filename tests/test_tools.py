@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -26,7 +27,7 @@ from conftest import (
     settled,
 )
 from server import RedisStore
-from tools import reindex
+from tools import recover, reindex
 
 REINDEX = "tools/reindex.py"
 RECOVER = "tools/recover.py"
@@ -229,11 +230,19 @@ LINE = (
 )
 
 
+async def test_recover_gives_up_a_redis_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recover, "LONG_PATIENCE", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        store = RedisStore(settings_of(f"redis://127.0.0.1:{silent.getsockname()[1]}"))
+        with pytest.raises(TimeoutError):
+            await recover.recover(store, [recover.Batch("a", 1, {"/api/a/": 1})])
+
+
 @pytest.mark.parametrize("sent_is_there", [False, True])
 async def test_what_a_server_could_not_commit_is_added_once(
     rig_of: RigOf, tmp_path: Path, sent_is_there: bool
 ) -> None:
-    rig = await rig_of(code="server.BATCH_BYTES = 2000; server.main()")
+    rig = await rig_of(code="server.TAKEN_ALONG = 2000; server.main()")
     async with rig.load:
         if sent_is_there:
             rig.proxy.swallow = 10**9  # Redis has it, but its replies never arrive

@@ -23,7 +23,7 @@ from pathlib import Path
 import redis
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from server import RedisStore, configure_logging, read_settings
+from server import LONG_PATIENCE, RedisStore, configure_logging, read_settings
 
 
 class LogError(Exception):
@@ -31,7 +31,7 @@ class LogError(Exception):
 
 
 @dataclass(frozen=True)
-class Slice:
+class Batch:
     """Hits that a server has sent, or would have sent, under one number."""
 
     instance: str
@@ -39,38 +39,39 @@ class Slice:
     hits: dict[str, int]
 
 
-def slices_in(log: Path) -> list[Slice]:
+def batches_in(log: Path) -> list[Batch]:
     """Those of its lines "hits not committed", by their number."""
     found = []
     with log.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             # Cut off at one end, a line lacks one of the two.
             if '"urls": {' in line or '"hits not committed"' in line:
-                found.append(slice_of(number, line))
+                found.append(batch_of(number, line))
     if not found:
         raise LogError(f'no line of {log} says "hits not committed"')
     return sorted(found, key=lambda each: each.sequence)
 
 
-def slice_of(number: int, line: str) -> Slice:
+def batch_of(number: int, line: str) -> Batch:
     with suppress(ValueError, KeyError):
         # docker compose and journald put a name before the JSON.
         said = json.loads(line[line.index("{") :])
         if sum(said["urls"].values()) == said["hits"]:
-            return Slice(said["instance"], said["sequence"], said["urls"])
+            return Batch(said["instance"], said["sequence"], said["urls"])
     raise LogError(f"line {number} is cut or damaged: nothing is added. Mend it, or delete it")
 
 
-async def recover(store: RedisStore, slices: list[Slice]) -> int:
+async def recover(store: RedisStore, batches: list[Batch]) -> int:
     """Commit each as its server would have done. Returns the number of hits added."""
     added = 0
     try:
-        for each in slices:
+        for each in batches:
             store.instance = each.instance
-            last = await store.call("GET", f"url_commit:{each.instance}")
-            if int(last or 0) < each.sequence:
-                hits, _ = await store.commit(each.sequence, each.hits)
-                added += hits
+            async with asyncio.timeout(LONG_PATIENCE):
+                last = await store.call("GET", f"url_commit:{each.instance}")
+                if int(last or 0) < each.sequence:
+                    hits, _ = await store.commit(each.sequence, each.hits)
+                    added += hits
     finally:
         await store.close()
     return added
@@ -85,14 +86,14 @@ def main() -> None:
     settings = read_settings([])
     configure_logging()
     try:
-        slices = slices_in(Path(sys.argv[1]))
+        batches = batches_in(Path(sys.argv[1]))
     except OSError as error:
         sys.exit(f"recover.py: the log cannot be read: {error.strerror}")
     except LogError as error:
         sys.exit(f"recover.py: {error}")
     try:
         store = RedisStore(settings)
-        print(f"{asyncio.run(recover(store, slices))} hits added")
+        print(f"{asyncio.run(recover(store, batches))} hits added")
     except (redis.RedisError, OSError) as error:
         reason = str(error) or "Redis gives no answer"
         sys.exit(f"recover.py: {reason} (run this again: no hit is added twice)")
