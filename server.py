@@ -15,9 +15,10 @@
     GET /health           {"status": "healthy", "redis": "connected", ...}, or 503
     GET /metrics, GET /   figures for Prometheus; the live page
 
-A request counts once, under its decoded path with a slash at the end. Its answer means that
-the hit is in Redis or, while Redis is away, held in memory (64 MB of URLs) until it is back.
-Its day is that on which Redis gets it. Errors are JSON: {"error": "what is wrong"}.
+A request counts once, under its decoded path (what is no UTF-8 stays quoted) with a slash at
+the end. Its answer means that the hit is in Redis or, while Redis is away, held in memory
+(64 MB of URLs) until it is back. Its day is that on which Redis gets it. Errors are JSON:
+{"error": "what is wrong"}.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ __version__ = "2.0.0"
 
 log = structlog.get_logger()
 STAMPS = (steps.add_log_level, steps.TimeStamper("iso"), steps.format_exc_info)
-# The hits that are left at the end are JSON on a terminal, too, for tools/recover.py.
+# For hits that are not committed when the server ends: tools/recover.py reads this log, so it
+# is JSON on a terminal, too.
 json_log = structlog.wrap_logger(logging.getLogger(), (*STAMPS, steps.JSONRenderer()))
 
 
@@ -83,7 +85,7 @@ ANY = (0, NO_LIMIT)
 OPTIONS = [  # setting, its default, its lowest and highest number, what --help says of it
     ("host", "127.0.0.1", None, "0.0.0.0 listens to the network, :: by IPv6, too"),
     ("port", 5000, (0, 65_535), "0 takes any free one"),
-    ("redis_url", "", None, f"then {LOCAL_REDIS} if it can be used, else memory"),
+    ("redis_url", "", None, f"tries {LOCAL_REDIS}, else counts in memory"),
     ("max_test_requests", 100_000, ANY, "the most in one test run, 0 turns /test/ off"),
     ("max_urls", 10_000_000, (1, NO_LIMIT), 'beyond them a new URL counts as "(other)"'),
     ("keep_days", 7, (0, 36_500), "days of which the list is kept, 0 keeps none"),
@@ -97,7 +99,7 @@ def read_settings(arguments: list[str]) -> argparse.Namespace:
     for name, default, limits, meaning in OPTIONS:
         flag = "--" + name.replace("_", "-")
         variable = name.upper()
-        given = os.environ.get(variable) or default
+        given = os.environ.get(variable) or default  # argparse checks strings like a flag's
         kind = partial(whole_number, variable, limits) if limits else str
         text = f"{default or 'unset'}; {meaning}"
         parser.add_argument(flag, metavar=variable, default=given, type=kind, help=text)
@@ -128,7 +130,7 @@ def whole_number(name: str, limits: Limits, text: str) -> int:
 # Every request passes the one middleware. A handler parses, asks the store, answers.
 
 STARTED = time.monotonic()
-COMMITS = web.AppKey["GroupCommit"]("commits")
+COMMITS = web.AppKey["GroupCommit"]("commits")  # in quotes, as the class comes later
 TEST_RUN = web.AppKey("test_run", asyncio.Lock)  # is held by the test run under way
 
 Store: TypeAlias = "RedisStore | MemoryStore"
@@ -155,8 +157,8 @@ async def count_and_guard(request: Request, handler: Handler) -> StreamResponse:
     """Count a request under /api/, answer errors in JSON, note how long it took."""
     began = time.perf_counter()
     try:
-        # As this is the only middleware, handler is the very function of the route. To
-        # look at the path would be wrong: /api%2Fx is /api/x once decoded, but a 404.
+        # As this is the only middleware, handler is the very function of the route. (To
+        # look at the path would be wrong: /api%2Fx is a 404, and /api/x once decoded.)
         if handler is api:
             if len(request.path) > 2048:
                 raise web.HTTPRequestURITooLong(text="a path has at most 2,048 characters")
@@ -165,9 +167,9 @@ async def count_and_guard(request: Request, handler: Handler) -> StreamResponse:
     except web.HTTPException as error:
         texts = {404: NOT_HERE, 405: f"use {error.headers.get('Allow')} here"}
         told = texts.get(error.status, error.text)
-        response = answer({"error": told}, error.status, error.headers)
+        response = answer({"error": told}, error.status, **error.headers)
     except StoreError as error:
-        response = answer({"error": str(error)}, 503, RETRY_LATER)
+        response = answer({"error": str(error)}, 503, **RETRY_LATER)
     except Exception:
         log.exception("unexpected error", path=str(request.rel_url))
         response = answer({"error": "unexpected error: the server's log has it"}, 500)
@@ -181,9 +183,9 @@ def with_slash(path: str) -> str:
     return path if path[-1] == "/" else path + "/"
 
 
-def answer(data: object, status: int = 200, more: Mapping[str, str] = HEADERS) -> Response:
+def answer(data: object, status: int = 200, **more_headers: str) -> Response:
     text = json.dumps(data) + "\n"
-    return Response(body=text.encode(), status=status, headers={**more, **HEADERS})
+    return Response(body=text.encode(), status=status, headers={**more_headers, **HEADERS})
 
 
 async def api(request: Request) -> Response:
@@ -205,8 +207,8 @@ async def stats(request: Request) -> Response:
     else:
         headers["X-Total-Count"] = str(urls)
         pages = store.ranked(day, offset, limit)
-    # One page is read before the headers go out: until then a failure can be a 503. The
-    # others are read while the list is sent. So HEAD, which sends none, reads no more.
+    # One page is read before the headers go out: until then a failure can be a 503. aiohttp
+    # takes the others from the generator while it sends the list, and for HEAD it takes none.
     first: Rows = await anext(pages, [])
     return Response(body=json_list(first, pages), headers=headers)
 
@@ -215,7 +217,7 @@ async def matching(request: Request, pages: Pages, offset: int, limit: int) -> P
     """Of the rows whose URL has the text, in any case, skip some and pass on some."""
     wanted = request.query["contains"].casefold()
     async for rows in pages:
-        if request.transport is None:  # the client has gone
+        if request.transport is None:  # the client has gone, and no write has noticed
             return
         found = [(url, count) for url, count in rows if wanted in url.casefold()]
         passed = found[offset : offset + limit]
@@ -300,7 +302,7 @@ async def health(request: Request) -> Response:
         return answer(report)
     except StoreError as error:
         report |= {"status": "unhealthy", "error": str(error)}
-        return answer(report, 503, RETRY_LATER)
+        return answer(report, 503, **RETRY_LATER)
 
 
 async def metrics(request: Request) -> Response:
@@ -358,7 +360,7 @@ async def go_on(request: Request) -> None:
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
-# By their names in /metrics. What is named in {} is not used, only its regular expression.
+# By their names in /metrics. In {name:regex} the name is not used.
 ROUTES = {
     "/": web.get("/", live_page),
     "/stats/": web.get("/stats{slash:/?}", stats),
@@ -382,7 +384,7 @@ async def send_requests(server: URL, urls: Iterator[str], concurrency: int) -> d
     answers: list[tuple[str, int, float]] = []  # URL, status, ms
     errors = Counter[str]()
 
-    async def work() -> None:
+    async def work() -> None:  # in the session that is opened below
         for url in urls:
             sent = time.perf_counter()
             try:
@@ -423,8 +425,7 @@ def summary(ms: list[float]) -> dict[str, float]:
         return {}
     figures = {"min": ms[0], "mean": sum(ms) / len(ms)}
     for percent in (50, 95, 99):
-        rank = math.ceil(len(ms) * percent / 100)
-        figures[f"p{percent}"] = ms[rank - 1]
+        figures[f"p{percent}"] = ms[math.ceil(len(ms) * percent / 100) - 1]
     figures["max"] = ms[-1]
     return {name: round(figure, 1) for name, figure in figures.items()}
 
@@ -434,9 +435,10 @@ def summary(ms: list[float]) -> dict[str, float]:
 # request. So hits collect in a batch while the one before it is on its way to the store.
 # No timer delays a hit: an idle server commits at once, a busy one in batches that grow
 # with its load (DeWitt et al., Implementation Techniques for Main Memory Database Systems,
-# 1984). While the store is away, hits are held in a backlog, and no request waits. When it
-# is back, requests wait again, and each batch takes 128 kB of the backlog along. So that
-# gets smaller however high the load is.
+# 1984).
+#   A store that fails, or is too slow, is away. Then hits are held in a backlog, and no
+# request waits. When it is back, requests wait again, and each batch takes 128 kB of the
+# backlog along: so the backlog gets smaller however high the load is.
 
 PATIENCE = 1.0  # seconds that a commit may take while requests wait for it
 LONG_PATIENCE = 8.0  # seconds for an attempt while the store is away: it may be slow
@@ -477,10 +479,10 @@ class GroupCommit:
 
     def hit(self, url: str) -> asyncio.Future[None]:
         """Add a hit. Done when the store has it or, while that is away, at once."""
-        waiter: asyncio.Future[None] = asyncio.Future()  # if it is cancelled, no other is
+        waiter: asyncio.Future[None] = asyncio.Future()  # its own, so who leaves cancels no other
         if self.away:
             if url not in self.backlog:
-                # A full backlog still takes hits for a URL that is held, if only in sent.
+                # A full backlog takes no new URL. One that is in sent is not new: it is held.
                 if self.backlog_bytes >= BACKLOG_BYTES and url not in self.sent:
                     raise StoreError("too many URLs wait for Redis: try again later")
                 self.backlog_bytes += size_of(url)
@@ -510,17 +512,17 @@ class GroupCommit:
                         opened = True
                         held = self.pending  # for the log
                     await self.commit_batch()
-                # Requests can wait again if that was quick. A slow store gets hits, too, but
-                # stays away, or it would come and go.
+                # Requests can wait again if that was quick. A slow store stays away, but is
+                # sent batches as well: as each takes its time, this loop does not spin.
                 if self.away and time.monotonic() - began < PATIENCE / 2:
                     event = "counting" if self.state == "starting" else "redis is back"
                     log.info(event, where=self.store.where, held=held)
                     self.state = "connected"  # from now on requests wait
             except Exception as error:  # whatever it is, no hit may be lost
-                if self.away:  # so the first failure is followed by a try at once
+                if self.away:  # not after the first failure: then it tries again at once
                     await asyncio.sleep(0.1)
                 opened = False
-                self.hold(error)
+                self.hold(error)  # now it is away
 
     async def commit_batch(self) -> None:
         if not self.pending:
@@ -530,7 +532,9 @@ class GroupCommit:
         # number the store can tell, and counts it once.
         if not self.sent:
             self.close_batch()
-        waiting = len(self.waiters)  # for this batch; while it is on its way, more come
+        # Those who wait for this batch; more come while it is on its way. When a batch goes
+        # again there are none: hold() has released them.
+        waiting = len(self.waiters)
         with COMMIT_SECONDS.time():
             counted, urls = await self.store.commit(self.sequence, self.sent)
         self.pending -= self.sent.total()  # the store has logged those that cannot count
@@ -590,7 +594,7 @@ def size_of(url: str) -> int:
 
 # --- Stores -----------------------------------------------------------------------------
 # Redis and memory answer to the same methods. Keys in Redis:
-#   url_count:<url>         the count, raised by INCRBY: the truth
+#   url_count:<url>         the count: the truth, from which the others can be made again
 #   url_rank                sorted set of the URLs, scored with the count itself
 #   url_total               the sum of url_rank
 #   url_rank:2026-11-26, url_total:2026-11-26   hits of one UTC day, for KEEP_DAYS days
@@ -598,21 +602,21 @@ def size_of(url: str) -> int:
 
 OTHER = "(other)"
 LIST_PAGE = 200  # URLs read at a time: what a client that stops reading keeps in memory
-REFUSED = prometheus.Counter("url_keys_refused", "Times that a key could not be raised")
+SPOILED = prometheus.Counter("url_keys_refused", "Times that a key could not be increased")
 
 # KEYS: url_commit:<instance>, url_rank, url_total, url_count:(other), url_rank:<day>,
 # url_total:<day>, then url_count:<url> for each URL. ARGV: number of the batch, MAX_URLS,
 # seconds for which a day is kept, then the hits of each URL. Replies with the hits that
-# were counted, the number of URLs, and pairs: a key that could not be raised, and why.
+# were counted, the number of URLs, and pairs: a key that could not be increased, and why.
 COMMIT = """
 local commit, rank, total, other, day_rank, day_total = unpack(KEYS, 1, 6)
 local sequence, max_urls, keep = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local counted, sum, refused = 0, 0, {}
+local counted, sum, spoiled = 0, 0, {}
 
 local function add(key, hits)
   local count = redis.pcall('INCRBY', key, hits)
   if type(count) == 'number' then return count end
-  table.insert(refused, {key, count.err})
+  table.insert(spoiled, {key, count.err})
 end
 
 -- Redis does not undo a script that fails half-way. So each command that is used below is
@@ -625,19 +629,18 @@ redis.call('ZADD', rank, 'XX', 'INCR', 0, '')  -- XX: adds no member
 if keep > 0 then redis.call('ZADD', day_rank, 'XX', 'INCR', 0, '') end
 local urls = redis.call('ZCARD', rank)
 
--- This batch was counted before, but its reply was lost. Make that reply again, and count
--- nothing. The hits of a URL that has no key went to (other). Whether another key could be
--- raised, adding 0 shows. (It does not if (other) could not, or if a count is near 2^63:
--- then a metric is off, and no count.)
+-- This batch was counted before, but its reply was lost: reply again, and count nothing.
+-- The hits of a URL that has no key went to (other). Other keys could be increased then if
+-- adding 0 works now. (If (other) could not, or a count is near 2^63, a metric is off.)
 if sequence <= seen then
   for i = 7, #KEYS do
     local went_to_other = redis.call('EXISTS', KEYS[i]) == 0
     if went_to_other or add(KEYS[i], 0) then counted = counted + tonumber(ARGV[i - 3]) end
   end
-  return {counted, urls, refused}
+  return {counted, urls, spoiled}
 end
 
--- Note the number, by a command that was tried. From here on nothing raises.
+-- Note the number. From here on nothing fails, as each command was tried.
 redis.call('INCRBY', commit, sequence - seen)
 local near_the_cap = urls + #KEYS > max_urls  -- only then it matters whether a URL is new
 for i = 7, #KEYS do
@@ -662,14 +665,14 @@ if keep > 0 then
   redis.call('EXPIRE', day_rank, keep)
   redis.call('EXPIRE', day_total, keep)
 end
-return {counted, redis.call('ZCARD', rank), refused}
+return {counted, redis.call('ZCARD', rank), spoiled}
 """
 
 
 def address_of(url: str) -> dict[str, Any]:
     """Where Redis is, in options of redis-py. Others, such as time-outs, are left out."""
-    # One of @ / ? # before the last @ is an unquoted password. redis-py could take a piece of
-    # it for the host, and the host is shown.
+    # A password must be quoted. If one of @ / ? # is before the last @, it is not. Then redis-py
+    # could take a piece of it for the host, and the host is shown.
     if re.search("://.*[@/?#].*@", url):
         raise ValueError
     place = "connection_class|host|port|path|db|username|password|ssl_.*"
@@ -749,11 +752,11 @@ class RedisStore:
         keys = [f"url_commit:{self.instance}", "url_rank", "url_total", f"url_count:{OTHER}"]
         keys += [f"url_rank:{day}", f"url_total:{day}", *(f"url_count:{url}" for url in hits)]
         numbers = [sequence, self.settings.max_urls, self.settings.keep_days * 86_400]
-        counted, urls, refused = await self.call(
+        counted, urls, spoiled = await self.call(
             "EVAL", COMMIT, len(keys), *keys, *numbers, *hits.values()
         )
-        for key, error in refused:
-            REFUSED.inc()
+        for key, error in spoiled:
+            SPOILED.inc()
             log_once("cannot count", key=key.decode(), error=error.decode())
         return counted, urls
 
@@ -816,7 +819,7 @@ class MemoryStore:
             counts[url] += n
             today[url] += n
         for day in self.counts.keys() - {ALL_TIME}:
-            if day <= utc_day(ago=self.settings.keep_days):
+            if day <= utc_day(ago=self.settings.keep_days):  # today is one of them
                 del self.counts[day]
         return sum(hits.values()), len(counts)
 
@@ -861,7 +864,7 @@ async def choose_store(settings: argparse.Namespace) -> Store:
         async with asyncio.timeout(1):
             await store.connect()
             return store
-    except (redis.RedisError, OSError) as error:  # a TimeoutError is an OSError
+    except (redis.RedisError, OSError, RuntimeError) as error:  # OSError: also TimeoutError
         await store.close()
         reason = f"{store.where}: {str(error) or 'no answer in time'}"
         log.warning("REDIS_URL is not set: counts are lost on exit", no_local_redis=reason)
@@ -873,11 +876,11 @@ async def counting(settings: argparse.Namespace, app: web.Application) -> AsyncI
     store = await choose_store(settings)
     commits = app[COMMITS] = GroupCommit(store)
     task = asyncio.create_task(commits.run())
-    for _ in range(100):  # poll, for a second at most, so that /stats/ works at once
+    for _ in range(100):  # polls for a second at most, so that /stats/ works at once
         if commits.away:
             await asyncio.sleep(0.01)
     yield
-    for _ in range(200):  # poll, for two seconds at most
+    for _ in range(200):  # polls for two seconds at most
         if commits.pending:
             await asyncio.sleep(0.01)
     task.cancel()
