@@ -311,14 +311,17 @@ async def metrics(request: Request) -> Response:
 
 
 PAGE = Path(__file__).resolve().with_name("dashboard.html")
-PAGE_HEADERS = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache"}
-NO_FRAMES = {"Content-Security-Policy": "frame-ancestors 'none'"}
+PAGE_HEADERS = {
+    "Content-Type": "text/html; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": "frame-ancestors 'none'",
+}
 
 
 async def live_page(request: Request) -> Response:
     if not PAGE.exists():
         return answer({"error": "put dashboard.html beside server.py: it is the live page"}, 404)
-    return Response(body=PAGE.read_bytes(), headers={**NOSNIFF, **PAGE_HEADERS, **NO_FRAMES})
+    return Response(body=PAGE.read_bytes(), headers={**NOSNIFF, **PAGE_HEADERS})
 
 
 def store_of(request: Request) -> Store:
@@ -479,12 +482,12 @@ class GroupCommit:
 
     def hit(self, url: str) -> asyncio.Future[None]:
         """Add a hit. Done when the store has it or, while that is away, at once."""
+        full = self.backlog_bytes >= BACKLOG_BYTES
+        if full and not any(url in hits for hits in (self.open_batch, self.sent, self.backlog)):
+            raise StoreError("too many URLs wait for Redis: try again later")
         waiter: asyncio.Future[None] = asyncio.Future()  # its own, so who leaves cancels no other
         if self.away:
             if url not in self.backlog:
-                # A full backlog takes no new URL. One that is in sent is not new: it is held.
-                if self.backlog_bytes >= BACKLOG_BYTES and url not in self.sent:
-                    raise StoreError("too many URLs wait for Redis: try again later")
                 self.backlog_bytes += size_of(url)
             self.backlog[url] += 1
             waiter.set_result(None)
@@ -710,6 +713,7 @@ class RedisStore:
         self.pool = BlockingConnectionPool(
             connection_class=connection_class,
             max_connections=16,
+            timeout=5,  # seconds that a reader waits for one of them
             socket_timeout=1,
             socket_connect_timeout=1,
             # Readers ask a second time, because firewalls forget idle connections. The type
@@ -751,9 +755,11 @@ class RedisStore:
         day = utc_day()
         keys = [f"url_commit:{self.instance}", "url_rank", "url_total", f"url_count:{OTHER}"]
         keys += [f"url_rank:{day}", f"url_total:{day}", *(f"url_count:{url}" for url in hits)]
+        # Without its C parser, aiohttp lets bytes through that are no UTF-8.
+        packable = [key.encode(errors="surrogateescape") for key in keys]
         numbers = [sequence, self.settings.max_urls, self.settings.keep_days * 86_400]
         counted, urls, spoiled = await self.call(
-            "EVAL", COMMIT, len(keys), *keys, *numbers, *hits.values()
+            "EVAL", COMMIT, len(keys), *packable, *numbers, *hits.values()
         )
         for key, error in spoiled:
             SPOILED.inc()
@@ -864,7 +870,7 @@ async def choose_store(settings: argparse.Namespace) -> Store:
         async with asyncio.timeout(1):
             await store.connect()
             return store
-    except (redis.RedisError, OSError, RuntimeError) as error:  # OSError: also TimeoutError
+    except Exception as error:  # whatever it is that answers there
         await store.close()
         reason = f"{store.where}: {str(error) or 'no answer in time'}"
         log.warning("REDIS_URL is not set: counts are lost on exit", no_local_redis=reason)
@@ -876,13 +882,15 @@ async def counting(settings: argparse.Namespace, app: web.Application) -> AsyncI
     store = await choose_store(settings)
     commits = app[COMMITS] = GroupCommit(store)
     task = asyncio.create_task(commits.run())
-    for _ in range(100):  # polls for a second at most, so that /stats/ works at once
-        if commits.away:
-            await asyncio.sleep(0.01)
+    for _ in range(100):  # look for a second at most, so that /stats/ works at once
+        if not commits.away:
+            break
+        await asyncio.sleep(0.01)
     yield
-    for _ in range(200):  # polls for two seconds at most
-        if commits.pending:
-            await asyncio.sleep(0.01)
+    for _ in range(200):  # two seconds at most
+        if not commits.pending:
+            break
+        await asyncio.sleep(0.01)
     task.cancel()
     await asyncio.wait([task])
     commits.log_pending()
@@ -899,8 +907,11 @@ def create_app(settings: argparse.Namespace) -> web.Application:
 
 
 async def serve(settings: argparse.Namespace, listener: socket.socket) -> None:
-    """Serve until a signal comes, then end in order."""
-    stop = stop_event()
+    """Serve until SIGINT, SIGTERM or SIGHUP comes, then end in order."""
+    stop = asyncio.Event()
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            asyncio.get_running_loop().add_signal_handler(signum, stop.set)
     runner = web.AppRunner(
         create_app(settings),
         access_log=None,  # it would cost as much as counting does
@@ -920,23 +931,9 @@ async def serve(settings: argparse.Namespace, listener: socket.socket) -> None:
         await stop.wait()
     finally:
         await runner.cleanup()
-
-
-def stop_event() -> asyncio.Event:
-    """Set by SIGINT, SIGTERM or SIGHUP, however often they come."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def end(*_: object) -> None:
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(stop.set)
-
-    # Not loop.add_signal_handler(): those end with the loop, and a second Ctrl-C would
-    # break off the end.
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(signum, end)
-    return stop
+    # All is saved. Python would still wait for threads that ask a name server, and a second
+    # Ctrl-C would break that off with an error.
+    os._exit(0)
 
 
 def configure_logging() -> None:
@@ -970,7 +967,7 @@ def main() -> None:
         listener = socket.create_server(
             (settings.host, settings.port), family=family, dualstack_ipv6=ipv6
         )
-    except (OSError, UnicodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: a name too long, or no IPv6 here
         sys.exit(f"server.py: cannot listen on PORT {settings.port} of HOST: {error}")
     uvloop.run(serve(settings, listener))
 

@@ -38,6 +38,7 @@ from conftest import (
     group_commit,
     settings_of,
     settled,
+    talk,
     until,
 )
 
@@ -615,6 +616,15 @@ async def test_a_stop_does_not_wait_for_a_redis_that_hangs(rig_of: RigOf) -> Non
     assert rig.server.uncommitted() == {"/api/a/": 1}
 
 
+async def test_a_thread_that_is_stuck_does_not_hold_up_the_end(serve: Serve) -> None:
+    """As one that asks a name server which does not answer."""
+    stuck = "import threading; threading.Thread(target=time.sleep, args=(60,)).start()"
+    process = serve(code=f"import time; {stuck}; server.main()")
+    began = time.monotonic()
+    assert await process.stop() == 0
+    assert time.monotonic() - began < 30
+
+
 async def test_kill_9_of_the_server_loses_nothing_that_was_answered(rig_of: RigOf) -> None:
     rig = await rig_of()
     async with rig.load:
@@ -685,6 +695,48 @@ async def test_the_backlog_is_bounded_in_bytes(rig_of: RigOf) -> None:
         held += 1
     assert held == pytest.approx(200_000 / server.size_of("/api/000" + "🐍" * 500 + "/"), abs=2)
     assert (await settled(rig.server, 503))["pending"] == held
+
+
+async def test_the_bound_holds_while_the_backlog_goes_back(
+    own_redis: MakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a Redis that is too slow for the load, back and away in turns, would fill the memory."""
+    monkeypatch.setattr(server, "BACKLOG_BYTES", 500_000)
+    redis = own_redis()
+    redis.kill()
+    store = Gated(redis.url)
+    async with group_commit(store) as commits:
+        n = 0
+        while commits.backlog_bytes < server.BACKLOG_BYTES:
+            n += 1
+            await commits.hit(f"/api/{n}/")
+        redis.start()
+        store.gate.release()
+        await until(lambda: not commits.away and len(store.batches) == 2)
+        commits.backlog_bytes = server.BACKLOG_BYTES  # it is full again, and Redis is there
+        known = commits.hit("/api/1/")  # goes back last
+        with pytest.raises(server.StoreError, match="too many URLs"):
+            commits.hit("/api/new/")
+        monkeypatch.undo()
+        new = commits.hit("/api/new/")
+        for _ in range(20):
+            store.gate.release()
+        await asyncio.gather(known, new)
+        await until(lambda: not commits.pending)
+    assert redis.total() == n + 2
+
+
+async def test_bytes_that_are_no_utf8_do_not_stop_the_counting(
+    serve: Serve, redis_server: RedisServer
+) -> None:
+    """aiohttp lets them through where it has no C parser."""
+    process = serve(redis_server.url, AIOHTTP_NO_EXTENSIONS="1")
+    said = await asyncio.to_thread(
+        talk, process.port, b"GET /api/\xff HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    )
+    assert said.startswith(b"HTTP/1.1 200")
+    await process.hit(a=1)
+    assert redis_server.total() == 2
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
