@@ -15,10 +15,9 @@
     GET /health           {"status": "healthy", "redis": "connected", ...}, or 503
     GET /metrics, GET /   figures for Prometheus; the live page
 
-A request counts once, under its decoded path (what is no UTF-8 stays quoted) with a slash at
-the end. Its answer means that the hit is in Redis or, while Redis is away, held in memory
-(64 MB of URLs) until it is back. Its day is that on which Redis gets it. Errors are JSON:
-{"error": "what is wrong"}.
+A request counts once, under its decoded path with a slash at the end. Its answer means that
+the hit is in Redis or, while Redis is away, held in memory (64 MB of URLs) until it is back.
+Its day is that on which Redis gets it. Errors are JSON: {"error": "what is wrong"}.
 """
 
 from __future__ import annotations
@@ -65,8 +64,8 @@ __version__ = "2.0.0"
 
 log = structlog.get_logger()
 STAMPS = (steps.add_log_level, steps.TimeStamper("iso"), steps.format_exc_info)
-# For hits that are not committed when the server ends: tools/recover.py reads this log, so it
-# is JSON on a terminal, too.
+# The second log is of hits that are not committed when the server ends. It is JSON, even on a
+# terminal, for tools/recover.py.
 json_log = structlog.wrap_logger(logging.getLogger(), (*STAMPS, steps.JSONRenderer()))
 
 
@@ -99,7 +98,7 @@ def read_settings(arguments: list[str]) -> argparse.Namespace:
     for name, default, limits, meaning in OPTIONS:
         flag = "--" + name.replace("_", "-")
         variable = name.upper()
-        given = os.environ.get(variable) or default  # argparse checks strings like a flag's
+        given = os.environ.get(variable) or default  # argparse checks it like a flag
         kind = partial(whole_number, variable, limits) if limits else str
         text = f"{default or 'unset'}; {meaning}"
         parser.add_argument(flag, metavar=variable, default=given, type=kind, help=text)
@@ -122,8 +121,9 @@ def whole_number(name: str, limits: Limits, text: str) -> int:
         return int(text)
     # A text with other signs is not shown: it may be a REDIS_URL in the wrong place.
     shown = repr(text) if re.fullmatch(r"[\w.+-]{0,40}", text) else "no number"
-    error = f"{name} is {shown}: use a whole number from {lowest} to {highest}"
-    raise argparse.ArgumentTypeError(error)
+    raise argparse.ArgumentTypeError(
+        f"{name} is {shown}: use a whole number from {lowest} to {highest}"
+    )
 
 
 # --- Middleware and handlers ------------------------------------------------------------
@@ -157,8 +157,8 @@ async def count_and_guard(request: Request, handler: Handler) -> StreamResponse:
     """Count a request under /api/, answer errors in JSON, note how long it took."""
     began = time.perf_counter()
     try:
-        # As this is the only middleware, handler is the very function of the route. (To
-        # look at the path would be wrong: /api%2Fx is a 404, and /api/x once decoded.)
+        # As this is the only middleware, handler is the very function of the route. The path
+        # does not tell: it is /api/x for /api%2Fx, too, which has no route.
         if handler is api:
             if len(request.path) > 2048:
                 raise web.HTTPRequestURITooLong(text="a path has at most 2,048 characters")
@@ -185,6 +185,7 @@ def with_slash(path: str) -> str:
 
 def answer(data: object, status: int = 200, **more_headers: str) -> Response:
     text = json.dumps(data) + "\n"
+    # HEADERS come last, for an exception of aiohttp says that it is plain text.
     return Response(body=text.encode(), status=status, headers={**more_headers, **HEADERS})
 
 
@@ -287,15 +288,14 @@ def from_another_site(headers: Mapping[str, str]) -> bool:
 
 async def health(request: Request) -> Response:
     commits = request.app[COMMITS]
-    settings = commits.store.settings
     report: dict[str, object] = {
         "status": "healthy",
         "redis": "in-memory" if isinstance(commits.store, MemoryStore) else commits.state,
         "pending": commits.pending,
         "uptime_s": round(time.monotonic() - STARTED, 1),
         "version": __version__,
-        "keep_days": settings.keep_days,
-        "max_test_requests": settings.max_test_requests,
+        "keep_days": commits.store.settings.keep_days,
+        "max_test_requests": commits.store.settings.max_test_requests,
     }
     try:
         report["hits"], report["urls"] = await store_of(request).totals(ALL_TIME)
@@ -508,26 +508,28 @@ class GroupCommit:
                     async with asyncio.timeout(1):
                         await self.wake.wait()
             began = time.monotonic()
+            was_away = self.away
             try:
-                async with asyncio.timeout(LONG_PATIENCE if self.away else PATIENCE):
+                async with asyncio.timeout(LONG_PATIENCE if was_away else PATIENCE):
                     if not opened:
                         await self.store.connect()
                         opened = True
                         held = self.pending  # for the log
                     await self.commit_batch()
-                # Requests can wait again if that was quick. A slow store stays away, but is
-                # sent batches as well: as each takes its time, this loop does not spin.
-                if self.away and time.monotonic() - began < PATIENCE / 2:
+                # If this was quick, requests can wait for the store again. One that is slow
+                # gets batches, too, one after another, but stays away.
+                if was_away and time.monotonic() - began < PATIENCE / 2:
                     event = "counting" if self.state == "starting" else "redis is back"
                     log.info(event, where=self.store.where, held=held)
-                    self.state = "connected"  # from now on requests wait
+                    self.state = "connected"
             except Exception as error:  # whatever it is, no hit may be lost
-                if self.away:  # not after the first failure: then it tries again at once
-                    await asyncio.sleep(0.1)
+                self.hold(error)
                 opened = False
-                self.hold(error)  # now it is away
+                if was_away:  # only after the first failure it tries again at once
+                    await asyncio.sleep(0.1)
 
     async def commit_batch(self) -> None:
+        """Send a batch, and let its requests be answered. Without one, ask for an answer."""
         if not self.pending:
             await self.store.ping()
             return
@@ -535,8 +537,8 @@ class GroupCommit:
         # number the store can tell, and counts it once.
         if not self.sent:
             self.close_batch()
-        # Those who wait for this batch; more come while it is on its way. When a batch goes
-        # again there are none: hold() has released them.
+        # Those who wait for this batch; more come while it is on its way. If it goes again,
+        # nobody waits: hold() has released all, and while the store is away none are added.
         waiting = len(self.waiters)
         with COMMIT_SECONDS.time():
             counted, urls = await self.store.commit(self.sequence, self.sent)
@@ -549,7 +551,7 @@ class GroupCommit:
             log_once('MAX_URLS is reached: a new URL counts as "(other)"')
 
     def close_batch(self) -> None:
-        """The open batch is the next to be sent, with as much of the backlog as fits."""
+        """The open batch is the next to be sent, and takes a part of the backlog along."""
         self.sent = self.open_batch
         self.open_batch = Counter()
         self.sequence += 1
@@ -632,9 +634,9 @@ redis.call('ZADD', rank, 'XX', 'INCR', 0, '')  -- XX: adds no member
 if keep > 0 then redis.call('ZADD', day_rank, 'XX', 'INCR', 0, '') end
 local urls = redis.call('ZCARD', rank)
 
--- This batch was counted before, but its reply was lost: reply again, and count nothing.
--- The hits of a URL that has no key went to (other). Other keys could be increased then if
--- adding 0 works now. (If (other) could not, or a count is near 2^63, a metric is off.)
+-- This batch was counted, but its reply was lost. Only the reply is made again, for the
+-- metric and the log. A URL that has no key was counted under (other). A key that takes 0
+-- more now took its hits then.
 if sequence <= seen then
   for i = 7, #KEYS do
     local went_to_other = redis.call('EXISTS', KEYS[i]) == 0
@@ -654,8 +656,8 @@ for i = 7, #KEYS do
   local count = add(key, hits)
   if count then
     local url = key:sub(#'url_count:' + 1)
-    -- The total is the sum of the list. A URL that is new in it adds its whole count, for
-    -- an earlier version of this program had counts, but no list.
+    -- The total is the sum of the list. An earlier version of this program had no list: a
+    -- URL that it has counted brings its whole count along when it gets into the list.
     local new = redis.call('ZADD', rank, count, url) == 1
     sum = sum + (new and count or hits)
     counted = counted + hits
@@ -674,8 +676,8 @@ return {counted, redis.call('ZCARD', rank), spoiled}
 
 def address_of(url: str) -> dict[str, Any]:
     """Where Redis is, in options of redis-py. Others, such as time-outs, are left out."""
-    # A password must be quoted. If one of @ / ? # is before the last @, it is not. Then redis-py
-    # could take a piece of it for the host, and the host is shown.
+    # If one of @ / ? # is before the last @, a password is not quoted. Then redis-py could
+    # take a piece of it for the host, and the host is shown.
     if re.search("://.*[@/?#].*@", url):
         raise ValueError
     place = "connection_class|host|port|path|db|username|password|ssl_.*"
@@ -755,7 +757,7 @@ class RedisStore:
         day = utc_day()
         keys = [f"url_commit:{self.instance}", "url_rank", "url_total", f"url_count:{OTHER}"]
         keys += [f"url_rank:{day}", f"url_total:{day}", *(f"url_count:{url}" for url in hits)]
-        # Without its C parser, aiohttp lets bytes through that are no UTF-8.
+        # Where aiohttp has no C parser, bytes that are no UTF-8 come as surrogates.
         packable = [key.encode(errors="surrogateescape") for key in keys]
         numbers = [sequence, self.settings.max_urls, self.settings.keep_days * 86_400]
         counted, urls, spoiled = await self.call(
@@ -763,7 +765,7 @@ class RedisStore:
         )
         for key, error in spoiled:
             SPOILED.inc()
-            log_once("cannot count", key=key.decode(), error=error.decode())
+            log_once("cannot count", key=key.decode(errors="replace"), error=error.decode())
         return counted, urls
 
     async def totals(self, day: str) -> tuple[int, int]:
@@ -825,7 +827,7 @@ class MemoryStore:
             counts[url] += n
             today[url] += n
         for day in self.counts.keys() - {ALL_TIME}:
-            if day <= utc_day(ago=self.settings.keep_days):  # today is one of them
+            if day <= utc_day(ago=self.settings.keep_days):  # today is one of keep_days
                 del self.counts[day]
         return sum(hits.values()), len(counts)
 

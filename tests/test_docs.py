@@ -201,7 +201,7 @@ async def test_servers_started_as_the_unit_says_count_as_one_behind_nginx(
     async with Load(ports[80]) as load:
         await load.more(1000)
     assert not load.failed + load.unknown
-    assert redis_server.counts() == load.answered
+    wait_for(lambda: redis_server.counts() == load.answered)
     redis_server.check_index()
     for port in (ports[5001], ports[5002]):
         said = talk(port, b"GET /metrics HTTP/1.0\r\n\r\n").decode()

@@ -339,6 +339,8 @@ async def test_two_servers_with_other_bounds_count_into_one_redis(
     async with Load(few.port) as to_few, Load(many.port, urls=70) as to_many:
         await to_few.more(500)
         await to_many.more(500)
+    await settled(few)
+    await settled(many)
     counts = redis_server.counts()
     assert sum(counts.values()) == (to_few.answered + to_many.answered).total()
     assert counts["(other)"] > 0

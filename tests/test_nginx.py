@@ -274,6 +274,7 @@ async def test_the_world_reaches_nothing_but_api(
     async with Load(port) as load:
         await load.more(500)
     assert not load.failed + load.unknown
+    await settled(tracker)
     assert redis_server.counts() == load.answered
 
 

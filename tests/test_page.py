@@ -586,6 +586,7 @@ async def test_a_slow_search_is_not_asked_again_and_typing_ends_it(
     page.on("requestfailed", lambda request: ended.append(request.url))
     await page.clock.install()
     await page.goto(process.base)
+    await browser.lists("/api/cart/", "/api/blog/")
     await page.fill("#text", "cart")
     await browser.ticks(5)
     await browser.says("#found", "Searching")
