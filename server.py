@@ -363,7 +363,7 @@ async def go_on(request: Request) -> None:
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
-# By their names in /metrics. In {name:regex} the name is not used.
+# By their names in /metrics. Of what is in {}, only n is read.
 ROUTES = {
     "/": web.get("/", live_page),
     "/stats/": web.get("/stats{slash:/?}", stats),
@@ -482,6 +482,7 @@ class GroupCommit:
 
     def hit(self, url: str) -> asyncio.Future[None]:
         """Add a hit. Done when the store has it or, while that is away, at once."""
+        # Also while it goes back, a full backlog lets no URL in that is nowhere yet.
         full = self.backlog_bytes >= BACKLOG_BYTES
         if full and not any(url in hits for hits in (self.open_batch, self.sent, self.backlog)):
             raise StoreError("too many URLs wait for Redis: try again later")
@@ -525,7 +526,7 @@ class GroupCommit:
             except Exception as error:  # whatever it is, no hit may be lost
                 self.hold(error)
                 opened = False
-                if was_away:  # only after the first failure it tries again at once
+                if was_away:  # a pause between attempts, but none after the first failure
                     await asyncio.sleep(0.1)
 
     async def commit_batch(self) -> None:
@@ -676,8 +677,8 @@ return {counted, redis.call('ZCARD', rank), spoiled}
 
 def address_of(url: str) -> dict[str, Any]:
     """Where Redis is, in options of redis-py. Others, such as time-outs, are left out."""
-    # If one of @ / ? # is before the last @, a password is not quoted. Then redis-py could
-    # take a piece of it for the host, and the host is shown.
+    # A password with @ / ? # in it must be quoted. If it is not, redis-py could take a piece of
+    # it for the host, and the host is shown.
     if re.search("://.*[@/?#].*@", url):
         raise ValueError
     place = "connection_class|host|port|path|db|username|password|ssl_.*"
