@@ -679,9 +679,12 @@ def address_of(url: str) -> dict[str, Any]:
     """Where Redis is, in options of redis-py. Others, such as time-outs, are left out."""
     # A password with @ / ? # in it must be quoted. If it is not, redis-py could take a piece of
     # it for the host, and the host is shown.
-    if re.search("://.*[@/?#].*@", url):
+    if not re.fullmatch(r"\w+://([^@/?#]*@)?[^@?#]*(\?[^@#]*)?", url):
         raise ValueError
-    place = "connection_class|host|port|path|db|username|password|ssl_.*"
+    place = (
+        "connection_class|host|port|path|db|username|password"
+        "|ssl_(ca_certs|certfile|keyfile|cert_reqs|check_hostname)"
+    )
     return {name: it for name, it in parse_url(url).items() if re.fullmatch(place, name)}
 
 
