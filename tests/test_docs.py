@@ -94,8 +94,9 @@ def test_the_settings_table_is_what_help_says_and_names_the_defaults() -> None:
     said = " ".join(run(sys.executable, "server.py", "--help").stdout.split())
     rows = re.findall(r"^\| `([A-Z_]+)` \| `(--[a-z-]+)` \| (.+) \|$", README, re.MULTILINE)
     assert [name.lower() for name, _, _ in rows] == [name for name, *_ in server.OPTIONS]
-    for name, flag, meaning in rows:
+    for (name, flag, meaning), (_, default, *_) in zip(rows, server.OPTIONS, strict=True):
         assert f"{flag} {name} {meaning}" in said
+        assert meaning.startswith(str(default or "unset"))
 
 
 def test_the_readme_takes_minutes_to_read() -> None:

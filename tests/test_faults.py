@@ -401,10 +401,12 @@ async def test_a_short_outage_ends_while_the_load_goes_on(
         rig.redis.process.send_signal(signal.SIGCONT)
         awake = time.monotonic()
         await rig.logs("redis is back")
-        while (await rig.server.ask("/health")).json["pending"] > 64:
+        while (report := (await rig.server.ask("/health")).json)["pending"] > 64:
+            assert report["status"] == "healthy"
             assert time.monotonic() < awake + PATIENCE
         print(f"what was held is in Redis {time.monotonic() - awake:.1f} s after it was back")
         await rig.load.more(1000)
+        assert (await rig.server.ask("/health")).json["status"] == "healthy"
     await settled(rig.server)
     rig.check()
     assert rig.load.slowest < 3
@@ -665,6 +667,15 @@ async def test_a_full_backlog_refuses_new_urls_only_and_comes_back_in_batches(
     redis.check_index()
 
 
+async def fill(commits: server.GroupCommit) -> list[str]:
+    """Hold a hit of each of these URLs: the backlog is full."""
+    urls: list[str] = []
+    while commits.backlog_bytes < server.BACKLOG_BYTES:
+        urls.append(f"/api/{len(urls)}/")
+        await commits.hit(urls[-1])
+    return urls
+
+
 async def test_what_is_on_its_way_back_can_be_hit_again_without_a_second_copy(
     own_redis: MakeRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -673,10 +684,7 @@ async def test_what_is_on_its_way_back_can_be_hit_again_without_a_second_copy(
     redis.kill()
     store = Gated(redis.url)
     async with group_commit(store) as commits:
-        urls: list[str] = []
-        while commits.backlog_bytes < server.BACKLOG_BYTES:
-            urls.append(f"/api/{len(urls)}/")
-            await commits.hit(urls[-1])
+        urls = await fill(commits)
         redis.start()
         await until(lambda: store.batches)  # the first of several, and it does not get through
         for url in urls:
@@ -708,15 +716,12 @@ async def test_the_bound_holds_while_the_backlog_goes_back(
     redis.kill()
     store = Gated(redis.url)
     async with group_commit(store) as commits:
-        n = 0
-        while commits.backlog_bytes < server.BACKLOG_BYTES:
-            n += 1
-            await commits.hit(f"/api/{n}/")
+        urls = await fill(commits)
         redis.start()
         store.gate.release()
         await until(lambda: not commits.away and len(store.batches) == 2)
         commits.backlog_bytes = server.BACKLOG_BYTES  # it is full again, and Redis is there
-        known = commits.hit("/api/1/")  # goes back last
+        known = commits.hit(urls[0])  # goes back last
         with pytest.raises(server.StoreError, match="too many URLs"):
             commits.hit("/api/new/")
         monkeypatch.undo()
@@ -725,7 +730,7 @@ async def test_the_bound_holds_while_the_backlog_goes_back(
             store.gate.release()
         await asyncio.gather(known, new)
         await until(lambda: not commits.pending)
-    assert redis.total() == n + 2
+    assert redis.total() == len(urls) + 2
 
 
 async def test_bytes_that_are_no_utf8_do_not_stop_the_counting(
