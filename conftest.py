@@ -388,7 +388,7 @@ ClientOf = Callable[..., Awaitable[App]]
 
 def settings_of(redis_url: str = "", **changes: Any) -> argparse.Namespace:
     """The defaults, but for what is given."""
-    defaults = {name: default for name, default, *_ in server.OPTIONS}
+    defaults = {name.lower(): default for name, default, *_ in server.OPTIONS}
     return argparse.Namespace(**defaults | {"redis_url": redis_url} | changes)
 
 

@@ -15,14 +15,11 @@
     GET /health           {"status": "healthy", "redis": "connected", ...}, or 503
     GET /metrics, GET /   figures for Prometheus; the live page
 
-A request counts once, under its decoded path with a slash at the end. Its answer means that
-the hit is in Redis or, while Redis is away, held in memory (64 MB of URLs) until it is back.
-Its day is that on which Redis gets it. Errors are JSON: {"error": "what is wrong"}.
+A request counts once, under its decoded path with a slash at the end. Its answer means
+that the hit is in Redis or, while Redis is away, held in memory (64 MB of URLs) until it
+is back. Its day is that on which Redis gets it. Errors: {"error": "what is wrong"}.
 """
 
-from __future__ import annotations
-
-import argparse
 import asyncio
 import json
 import logging
@@ -35,6 +32,7 @@ import signal
 import socket
 import sys
 import time
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -53,20 +51,13 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 from aiohttp.web import Request, Response, StreamResponse
 from hiredis import pack_command
-from redis.asyncio import BlockingConnectionPool, Connection, Redis
-from redis.asyncio.connection import parse_url
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis.asyncio.connection import BlockingConnectionPool, Connection, parse_url
 from structlog import processors as steps
 from yarl import URL
 
 __version__ = "2.0.0"
 
 log = structlog.get_logger()
-STAMPS = (steps.add_log_level, steps.TimeStamper("iso"), steps.format_exc_info)
-# The second log is of hits that are not committed when the server ends. It is JSON, even on a
-# terminal, for tools/recover.py.
-json_log = structlog.wrap_logger(logging.getLogger(), (*STAMPS, steps.JSONRenderer()))
 
 
 @lru_cache(1000)  # called again with the same words, it does nothing
@@ -81,30 +72,27 @@ LOCAL_REDIS = "redis://localhost:6379/0"
 NO_LIMIT = 10**15
 Limits = tuple[int, int]
 ANY = (0, NO_LIMIT)
-OPTIONS = [  # setting, its default, its lowest and highest number, what --help says of it
-    ("host", "127.0.0.1", None, "0.0.0.0 listens to the network, :: by IPv6, too"),
-    ("port", 5000, (0, 65_535), "0 takes any free one"),
-    ("redis_url", "", None, f"tries {LOCAL_REDIS}, else counts in memory"),
-    ("max_test_requests", 100_000, ANY, "the most in one test run, 0 turns /test/ off"),
-    ("max_urls", 10_000_000, (1, NO_LIMIT), 'beyond them a new URL counts as "(other)"'),
-    ("keep_days", 7, (0, 36_500), "days of which the list is kept, 0 keeps none"),
+OPTIONS = [  # variable, default, lowest and highest number, what --help says of it
+    ("HOST", "127.0.0.1", None, "0.0.0.0 listens to the network, :: by IPv6, too"),
+    ("PORT", 5000, (0, 65_535), "0 takes any free one"),
+    ("REDIS_URL", "", None, f"tries {LOCAL_REDIS}, else counts in memory"),
+    ("MAX_TEST_REQUESTS", 100_000, ANY, "the most in one test run, 0 turns /test/ off"),
+    ("MAX_URLS", 10_000_000, (1, NO_LIMIT), 'beyond them a new URL counts as "(other)"'),
+    ("KEEP_DAYS", 7, (0, 36_500), "days of which the list is kept, 0 keeps none"),
 ]
 
 
-def read_settings(arguments: list[str]) -> argparse.Namespace:
+def read_settings(arguments: list[str]) -> Namespace:
     """From flags, else the environment, else the defaults. What is wrong exits with 2."""
-    parser = argparse.ArgumentParser("server.py", usage=argparse.SUPPRESS, allow_abbrev=False)
+    parser = ArgumentParser("server.py", usage=SUPPRESS, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=__version__)
-    for name, default, limits, meaning in OPTIONS:
-        flag = "--" + name.replace("_", "-")
-        variable = name.upper()
-        given = os.environ.get(variable) or default  # argparse checks it like a flag
-        kind = partial(whole_number, variable, limits) if limits else str
-        text = f"{default or 'unset'}; {meaning}"
-        parser.add_argument(flag, metavar=variable, default=given, type=kind, help=text)
+    for variable, default, limits, meaning in OPTIONS:
+        flag = "--" + variable.lower().replace("_", "-")
+        given = os.environ.get(variable) or default  # checked like a flag
+        kind = partial(whole_number, variable, *limits) if limits else str
+        parser.add_argument(flag, default=given, type=kind, help=f"{default or 'unset'}; {meaning}")
     settings, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        # Names only: what stands beside them may be a REDIS_URL with its password.
+    if unknown:  # only names are shown: a REDIS_URL may stand beside them
         names = [word for word in unknown if re.fullmatch("--[a-z_-]+", word)]
         parser.error(f"not known: {', '.join(names) or 'an argument'}; see --help")
     try:
@@ -114,32 +102,28 @@ def read_settings(arguments: list[str]) -> argparse.Namespace:
     return settings
 
 
-def whole_number(name: str, limits: Limits, text: str) -> int:
-    """The number that text spells in ASCII digits. Raises argparse.ArgumentTypeError."""
-    lowest, highest = limits
+def whole_number(name: str, lowest: int, highest: int, text: str) -> int:
+    """The number that text spells in ASCII digits. Raises ArgumentTypeError."""
     if re.fullmatch("[0-9]{1,16}", text) and lowest <= int(text) <= highest:
         return int(text)
     # A text with other signs is not shown: it may be a REDIS_URL in the wrong place.
     shown = repr(text) if re.fullmatch(r"[\w.+-]{0,40}", text) else "no number"
-    raise argparse.ArgumentTypeError(
-        f"{name} is {shown}: use a whole number from {lowest} to {highest}"
-    )
+    raise ArgumentTypeError(f"{name} is {shown}: use a whole number from {lowest} to {highest}")
 
 
 # --- Middleware and handlers ------------------------------------------------------------
 # Every request passes the one middleware. A handler parses, asks the store, answers.
 
 STARTED = time.monotonic()
-COMMITS = web.AppKey["GroupCommit"]("commits")  # in quotes, as the class comes later
 TEST_RUN = web.AppKey("test_run", asyncio.Lock)  # is held by the test run under way
+COUNTED_AS = web.RequestKey("counted_as", str)  # the decoded path with a slash at the end
 
 Store: TypeAlias = "RedisStore | MemoryStore"
 Rows = list[tuple[str, int]]  # URL and count, most requested first
-Pages = AsyncIterator[Rows]  # of 1 to 200 rows
+Pages = AsyncIterator[Rows]  # of LIST_PAGE rows at most
 ALL_TIME = ""  # stands where a day like "2026-11-26" could
 NOSNIFF = {"X-Content-Type-Options": "nosniff"}
 HEADERS = {**NOSNIFF, "Content-Type": "application/json", "Cache-Control": "no-store"}
-RETRY_LATER = {"Retry-After": "1"}
 NOT_HERE = "nothing is here: paths that start with /api/ are counted, /stats/ lists them"
 OTHER_SITE = "a page of another site asked for this (in nginx: proxy_set_header Host $http_host)"
 REQUESTS = prometheus.Histogram(
@@ -148,28 +132,24 @@ REQUESTS = prometheus.Histogram(
 seconds_of = lru_cache(1024)(REQUESTS.labels)  # labels() takes as long as observe()
 
 
-class StoreError(Exception):
-    """The store cannot do this now. The text says why; the client gets a 503 with it."""
-
-
 @web.middleware
 async def count_and_guard(request: Request, handler: Handler) -> StreamResponse:
     """Count a request under /api/, answer errors in JSON, note how long it took."""
     began = time.perf_counter()
     try:
         # As this is the only middleware, handler is the very function of the route. The path
-        # does not tell: it is /api/x for /api%2Fx, too, which has no route.
+        # cannot tell: the router takes the %2F of /api%2Fx for no slash, and request.path is
+        # what it is when decoded.
         if handler is api:
             if len(request.path) > 2048:
                 raise web.HTTPRequestURITooLong(text="a path has at most 2,048 characters")
-            await request.app[COMMITS].hit(with_slash(request.path))
+            url = request[COUNTED_AS] = request.path.removesuffix("/") + "/"
+            await request.app[COMMITS].hit(url)
         response = await handler(request)
     except web.HTTPException as error:
         texts = {404: NOT_HERE, 405: f"use {error.headers.get('Allow')} here"}
         told = texts.get(error.status, error.text)
         response = answer({"error": told}, error.status, **error.headers)
-    except StoreError as error:
-        response = answer({"error": str(error)}, 503, **RETRY_LATER)
     except Exception:
         log.exception("unexpected error", path=str(request.rel_url))
         response = answer({"error": "unexpected error: the server's log has it"}, 500)
@@ -179,19 +159,17 @@ async def count_and_guard(request: Request, handler: Handler) -> StreamResponse:
     return response
 
 
-def with_slash(path: str) -> str:
-    return path if path[-1] == "/" else path + "/"
-
-
 def answer(data: object, status: int = 200, **more_headers: str) -> Response:
+    if status in (429, 503):
+        more_headers["Retry-After"] = "1"
     text = json.dumps(data) + "\n"
-    # HEADERS come last, for an exception of aiohttp says that it is plain text.
+    # HEADERS come last: those of an aiohttp exception say that it is plain text.
     return Response(body=text.encode(), status=status, headers={**more_headers, **HEADERS})
 
 
 async def api(request: Request) -> Response:
     # Not json.dumps(), which takes longer to find its encoder than to encode one string.
-    url = json_string(with_slash(request.path))
+    url = json_string(request[COUNTED_AS])
     return Response(body=f'{{"url": {url}}}\n'.encode(), headers=HEADERS)
 
 
@@ -200,17 +178,17 @@ async def stats(request: Request) -> Response:
     limit = number(request.query, "limit", NO_LIMIT)
     offset = number(request.query, "offset", 0)
     day = day_asked_for(request)
-    store = store_of(request)
-    hits, urls = await store.totals(day)
-    headers = {**HEADERS, "X-Total-Hits": str(hits)}
-    if request.query.get("contains"):
-        pages = matching(request, store.ranked(day, 0, NO_LIMIT), offset, limit)
-    else:
-        headers["X-Total-Count"] = str(urls)
-        pages = store.ranked(day, offset, limit)
-    # One page is read before the headers go out: until then a failure can be a 503. aiohttp
-    # takes the others from the generator while it sends the list, and for HEAD it takes none.
-    first: Rows = await anext(pages, [])
+    with store_for_reading(request) as store:
+        hits, urls = await store.totals(day)
+        headers = {**HEADERS, "X-Total-Hits": str(hits)}
+        if request.query.get("contains"):
+            pages = matching(request, store.ranked(day, 0, NO_LIMIT), offset, limit)
+        else:
+            headers["X-Total-Count"] = str(urls)
+            pages = store.ranked(day, offset, limit)
+        # Only the first page is read in here: until the headers go out, a failure can be a
+        # 503. aiohttp reads the other pages while it sends them. For HEAD it reads none.
+        first: Rows = await anext(pages, [])
     return Response(body=json_list(first, pages), headers=headers)
 
 
@@ -218,15 +196,13 @@ async def matching(request: Request, pages: Pages, offset: int, limit: int) -> P
     """Of the rows whose URL has the text, in any case, skip some and pass on some."""
     wanted = request.query["contains"].casefold()
     async for rows in pages:
-        if request.transport is None:  # the client has gone, and no write has noticed
-            return
         found = [(url, count) for url, count in rows if wanted in url.casefold()]
         passed = found[offset : offset + limit]
         if passed:
             yield passed
         offset = max(0, offset - len(found))
         limit -= len(passed)
-        if not limit:
+        if not limit or request.transport is None:  # None: the client has gone
             return
 
 
@@ -246,8 +222,9 @@ def json_rows(rows: Rows) -> bytes:
 async def stats_of_url(request: Request) -> Response:
     refuse_unknown(request, "day")
     day = day_asked_for(request)
-    url = with_slash(request.path.removeprefix("/stats"))
-    found = await store_of(request).find(day, url)
+    url = request.path.removeprefix("/stats").removesuffix("/") + "/"
+    with store_for_reading(request) as store:
+        found = await store.find(day, url)
     if not found:
         return answer({"error": f"{url} was not requested"}, 404)
     count, rank = found
@@ -264,21 +241,20 @@ async def test(request: Request) -> Response:
     n = number(request.match_info, "n", 1, (1, most))
     concurrency = number(request.query, "concurrency", 32, (1, 256))
     seed = number(request.query, "seed", random.getrandbits(30))
-    lock = request.app[TEST_RUN]
-    if lock.locked():
-        raise web.HTTPTooManyRequests(text="wait: a test run is under way", headers=RETRY_LATER)
+    if request.app[TEST_RUN].locked():
+        raise web.HTTPTooManyRequests(text="wait: a test run is under way")
     segments, urls = random_urls(n, seed)
     # The socket that this came by: a Host header could aim the run at somebody else.
     host, port, *_ = request.get_extra_info("sockname")
     server = URL.build(scheme="http", host=host, port=port)
-    async with lock:
+    async with request.app[TEST_RUN]:
         report = await send_requests(server, urls, concurrency)
     report |= {"concurrency": concurrency, "seed": seed, "segments": segments}
     return answer({"requested": n, **report})
 
 
 def from_another_site(headers: Mapping[str, str]) -> bool:
-    """Whether a page of another site made a browser send this. As in Go's net/http."""
+    """Whether a page of another site made a browser send this. The rule of Go's net/http."""
     site = headers.get("Sec-Fetch-Site")
     if site:
         return site not in ("same-origin", "none")
@@ -298,11 +274,12 @@ async def health(request: Request) -> Response:
         "max_test_requests": commits.store.settings.max_test_requests,
     }
     try:
-        report["hits"], report["urls"] = await store_of(request).totals(ALL_TIME)
+        with store_for_reading(request) as store:
+            report["hits"], report["urls"] = await store.totals(ALL_TIME)
         return answer(report)
-    except StoreError as error:
-        report |= {"status": "unhealthy", "error": str(error)}
-        return answer(report, 503, **RETRY_LATER)
+    except web.HTTPServiceUnavailable as error:
+        report |= {"status": "unhealthy", "error": error.text}
+        return answer(report, 503)
 
 
 async def metrics(request: Request) -> Response:
@@ -324,12 +301,18 @@ async def live_page(request: Request) -> Response:
     return Response(body=PAGE.read_bytes(), headers={**NOSNIFF, **PAGE_HEADERS})
 
 
-def store_of(request: Request) -> Store:
-    """The store, for a reader. Raises StoreError if a reader would wait in vain."""
+@contextmanager
+def store_for_reading(request: Request) -> Iterator[Store]:
+    """The store. If it is away, or reading fails in any way, the answer is a 503."""
     commits = request.app[COMMITS]
     if commits.away:
-        raise StoreError(commits.reason)
-    return commits.store
+        raise web.HTTPServiceUnavailable(text=commits.reason)
+    try:
+        yield commits.store
+    # RuntimeError: uvloop's, of a closed connection. The last two: int() of a count that
+    # something else has put there, such as "many" or infinity.
+    except (redis.RedisError, OSError, RuntimeError, ValueError, OverflowError) as error:
+        raise web.HTTPServiceUnavailable(text=f"Redis: {error}") from error
 
 
 def refuse_unknown(request: Request, *known: str) -> None:
@@ -340,19 +323,17 @@ def refuse_unknown(request: Request, *known: str) -> None:
 
 def number(given: Mapping[str, str], name: str, default: int, limits: Limits = ANY) -> int:
     try:
-        return whole_number(name, limits, given[name]) if name in given else default
-    except argparse.ArgumentTypeError as error:
+        return whole_number(name, *limits, given[name]) if name in given else default
+    except ArgumentTypeError as error:
         raise web.HTTPBadRequest(text=str(error)) from None
 
 
 def day_asked_for(request: Request) -> str:
     """A UTC day, as in 2026-11-26; without a ?day= it is ALL_TIME."""
     day = request.query.get("day", ALL_TIME)
-    known = {ALL_TIME: ALL_TIME, "today": utc_day(), "yesterday": utc_day(ago=1)}
-    if day in known:
-        return known[day]
+    day = {"today": utc_day(), "yesterday": utc_day(ago=1)}.get(day, day)
     with suppress(ValueError):
-        if str(date.fromisoformat(day)) == day:  # not 20261126
+        if day == ALL_TIME or str(date.fromisoformat(day)) == day:  # not 20261126
             return day
     raise web.HTTPBadRequest(text=f"day is {day!r}: use today, yesterday or 2026-11-26")
 
@@ -363,7 +344,8 @@ async def go_on(request: Request) -> None:
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
-# By their names in /metrics. Of what is in {}, only n is read.
+# By their names in /metrics. Of the names in {}, only n is read by a handler. (?s:.*) is any
+# text, also with a line feed, which a path can have as %0A.
 ROUTES = {
     "/": web.get("/", live_page),
     "/stats/": web.get("/stats{slash:/?}", stats),
@@ -371,7 +353,7 @@ ROUTES = {
     "/test/<n>/": web.post("/test/{n}{slash:/?}", test),
     "/health": web.get("/health{slash:/?}", health),
     "/metrics": web.get("/metrics{slash:/?}", metrics),
-    "/api/...": web.route("*", "/api/{tail:(?s:.*)}", api),  # ?s: %0A counts, too
+    "/api/...": web.route("*", "/api/{tail:(?s:.*)}", api),
 }
 ROUTE_NAMES = {route.handler: name for name, route in ROUTES.items()}
 for route in ROUTES.values():
@@ -437,17 +419,20 @@ def summary(ms: list[float]) -> dict[str, float]:
 # The middleware awaits hit(). One INCR a request would cost more than the rest of the
 # request. So hits collect in a batch while the one before it is on its way to the store.
 # No timer delays a hit: an idle server commits at once, a busy one in batches that grow
-# with its load (DeWitt et al., Implementation Techniques for Main Memory Database Systems,
-# 1984).
+# with its load (DeWitt et al., Implementation Techniques for Main Memory Database
+# Systems, 1984).
 #   A store that fails, or is too slow, is away. Then hits are held in a backlog, and no
 # request waits. When it is back, requests wait again, and each batch takes 128 kB of the
 # backlog along: so the backlog gets smaller however high the load is.
+#
+#   connected:   hit -> open_batch -> sent -> in the store, then its request is answered
+#   it fails:           open_batch -> backlog; sent stays, to go again; all are answered
+#   away:        hit -> backlog, and its request is answered at once; backlog -> sent
 
 PATIENCE = 1.0  # seconds that a commit may take while requests wait for it
 LONG_PATIENCE = 8.0  # seconds for an attempt while the store is away: it may be slow
 TAKEN_ALONG = 128 * 1024  # bytes of the backlog in a batch: 1,000 URLs, 5 ms of Redis
 BACKLOG_BYTES = 64 * 1024**2
-URL_OVERHEAD = 80  # bytes that a held URL takes beside Python's string
 REFUSALS = (redis.ResponseError, redis.AuthenticationError, redis.BusyLoadingError)
 
 HITS = prometheus.Counter("url_hits", "Hits that the store has counted")
@@ -468,7 +453,8 @@ class GroupCommit:
         self.backlog = Counter[str]()  # is held: no request waits for it
         self.backlog_bytes = 0
         self.pending = 0  # hits in all three
-        self.waiters: list[asyncio.Future[None]] = []  # in the order of their hits
+        self.open_waiters: list[asyncio.Future[None]] = []  # requests of the open batch
+        self.sent_waiters: list[asyncio.Future[None]] = []  # requests of what was sent
         self.wake = asyncio.Event()  # there is a hit to commit
         self.sequence = 0  # number of the last batch
         self.state = "starting"  # then connected, disconnected, or refuses: Redis says no
@@ -480,57 +466,65 @@ class GroupCommit:
     def away(self) -> bool:
         return self.state != "connected"
 
-    def hit(self, url: str) -> asyncio.Future[None]:
-        """Add a hit. Done when the store has it or, while that is away, at once."""
-        # Also while it goes back, a full backlog lets no URL in that is nowhere yet.
+    async def hit(self, url: str) -> None:
+        """Add a hit. Returns when the store has it or, while that is away, at once."""
+        # When the store fails, the open batch goes to the backlog. So while that is full, no
+        # URL is added anywhere, even if the store is connected.
         full = self.backlog_bytes >= BACKLOG_BYTES
         if full and not any(url in hits for hits in (self.open_batch, self.sent, self.backlog)):
-            raise StoreError("too many URLs wait for Redis: try again later")
-        waiter: asyncio.Future[None] = asyncio.Future()  # its own, so who leaves cancels no other
+            raise web.HTTPServiceUnavailable(text="too many URLs wait for Redis: try again later")
+        self.pending += 1
         if self.away:
             if url not in self.backlog:
                 self.backlog_bytes += size_of(url)
             self.backlog[url] += 1
-            waiter.set_result(None)
-        else:
-            self.open_batch[url] += 1
-            self.waiters.append(waiter)
-            self.wake.set()
-        self.pending += 1
-        return waiter
+            return
+        self.open_batch[url] += 1
+        # Each request has its own, so that one that is cancelled does not cancel others.
+        waiter: asyncio.Future[None] = asyncio.Future()
+        self.open_waiters.append(waiter)
+        self.wake.set()
+        await waiter
 
     async def run(self) -> None:
         """One batch after another, for as long as the server runs."""
-        opened = False
         while True:
-            if not self.away and not self.pending:
-                self.wake.clear()
-                with suppress(TimeoutError):  # after a second ask the store how it is
-                    async with asyncio.timeout(1):
-                        await self.wake.wait()
-            began = time.monotonic()
-            was_away = self.away
             try:
-                async with asyncio.timeout(LONG_PATIENCE if was_away else PATIENCE):
-                    if not opened:
-                        await self.store.connect()
-                        opened = True
-                        held = self.pending  # for the log
+                if self.away:
+                    await self.come_back()
+                await self.wait_for_hits()
+                async with asyncio.timeout(PATIENCE):
                     await self.commit_batch()
-                # If this was quick, requests can wait for the store again. One that is slow
-                # gets batches, too, one after another, but stays away.
-                if was_away and time.monotonic() - began < PATIENCE / 2:
-                    event = "counting" if self.state == "starting" else "redis is back"
-                    log.info(event, where=self.store.where, held=held)
-                    self.state = "connected"
             except Exception as error:  # whatever it is, no hit may be lost
+                was_away = self.away
                 self.hold(error)
-                opened = False
                 if was_away:  # a pause between attempts, but none after the first failure
                     await asyncio.sleep(0.1)
 
+    async def come_back(self) -> None:
+        """Connect, and commit. After the first quick batch, requests can wait for the store."""
+        async with asyncio.timeout(LONG_PATIENCE):
+            await self.store.connect()
+        held = self.pending
+        while self.away:
+            began = time.monotonic()
+            async with asyncio.timeout(LONG_PATIENCE):
+                await self.commit_batch()
+            if time.monotonic() - began < PATIENCE / 2:
+                event = "counting" if self.state == "starting" else "redis is back"
+                log.info(event, where=self.store.where, held=held)
+                self.state = "connected"
+
+    async def wait_for_hits(self) -> None:
+        """For a second at most: then it is time to ask the store how it is."""
+        if not self.pending:
+            self.wake.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(1):
+                    await self.wake.wait()
+
     async def commit_batch(self) -> None:
-        """Send a batch, and let its requests be answered. Without one, ask for an answer."""
+        """Send a batch, and let its requests be answered. Or ask if the store is there."""
         if not self.pending:
             await self.store.ping()
             return
@@ -538,39 +532,41 @@ class GroupCommit:
         # number the store can tell, and counts it once.
         if not self.sent:
             self.close_batch()
-        # Those who wait for this batch; more come while it is on its way. If it goes again,
-        # nobody waits: hold() has released all, and while the store is away none are added.
-        waiting = len(self.waiters)
         with COMMIT_SECONDS.time():
             counted, urls = await self.store.commit(self.sequence, self.sent)
         self.pending -= self.sent.total()  # the store has logged those that cannot count
         self.sent = Counter()
-        self.release(waiting)
+        self.release(self.sent_waiters)
         HITS.inc(counted)
         URLS.set(urls)
         if urls >= self.store.settings.max_urls:
             log_once('MAX_URLS is reached: a new URL counts as "(other)"')
 
     def close_batch(self) -> None:
-        """The open batch is the next to be sent, and takes a part of the backlog along."""
+        """The open batch is sent next, and takes a part of the backlog along."""
         self.sent = self.open_batch
+        self.sent_waiters = self.open_waiters
         self.open_batch = Counter()
+        self.open_waiters = []
         self.sequence += 1
-        rest = self.backlog_bytes - TAKEN_ALONG
-        while self.backlog and self.backlog_bytes > rest:
+        left = self.backlog_bytes - TAKEN_ALONG  # bytes of the backlog that shall stay
+        while self.backlog and self.backlog_bytes > left:
             url, hits = self.backlog.popitem()
             self.sent[url] += hits
             self.backlog_bytes -= size_of(url)
 
-    def release(self, n: int) -> None:
-        """Let the first n requests that wait be answered."""
-        for waiter in self.waiters[:n]:
+    def release(self, waiters: list[asyncio.Future[None]]) -> None:
+        """Let these requests be answered."""
+        for waiter in waiters:
             if not waiter.done():  # it is when its request was cancelled
                 waiter.set_result(None)
-        del self.waiters[:n]
+        waiters.clear()
 
     def hold(self, error: Exception) -> None:
-        """The store has failed. From now on hits are held, and nobody waits."""
+        """The store has failed. From now on hits are held, and nobody waits.
+
+        What was sent stays as it is: the store may have counted it.
+        """
         state = "refuses" if isinstance(error, REFUSALS) else "disconnected"
         self.reason = str(error) or "no answer in time"  # a TimeoutError has no words
         if state != self.state:
@@ -580,22 +576,33 @@ class GroupCommit:
             self.backlog.update(self.open_batch)  # a Counter adds
             self.backlog_bytes = sum(map(size_of, self.backlog))
             self.open_batch = Counter()
-        self.release(len(self.waiters))
+        self.release(self.sent_waiters)
+        self.release(self.open_waiters)
 
     def log_pending(self) -> None:
         """A line for each batch, with the number that it has or would have got."""
-        while self.pending:
+        while self.sent or self.open_batch or self.backlog:
             if not self.sent:
                 self.close_batch()
-            hits = self.sent.total()
-            facts = {"instance": self.store.instance, "sequence": self.sequence}
-            json_log.error("hits not committed", **facts, hits=hits, urls=self.sent)
-            self.pending -= hits
+            # In JSON, on a terminal, too: tools/recover.py reads it.
+            facts = {
+                "event": "hits not committed",
+                "level": "error",
+                "timestamp": f"{datetime.now(UTC):%FT%TZ}",
+                "instance": self.store.instance,
+                "sequence": self.sequence,
+                "hits": self.sent.total(),
+                "urls": self.sent,
+            }
+            logging.error(json.dumps(facts))
             self.sent = Counter()
 
 
 def size_of(url: str) -> int:
-    return sys.getsizeof(url) + URL_OVERHEAD
+    return sys.getsizeof(url) + 80  # bytes that a held URL takes beside Python's string
+
+
+COMMITS = web.AppKey("commits", GroupCommit)
 
 
 # --- Stores -----------------------------------------------------------------------------
@@ -603,41 +610,40 @@ def size_of(url: str) -> int:
 #   url_count:<url>         the count: the truth, from which the others can be made again
 #   url_rank                sorted set of the URLs, scored with the count itself
 #   url_total               the sum of url_rank
-#   url_rank:2026-11-26, url_total:2026-11-26   hits of one UTC day, for KEEP_DAYS days
+#   url_rank:2026-11-26, url_total:2026-11-26   hits of a UTC day, until KEEP_DAYS after its last
 #   url_commit:<instance>   number of the last batch applied for one server, for 24 hours
 
 OTHER = "(other)"
-LIST_PAGE = 200  # URLs read at a time: what a client that stops reading keeps in memory
+LIST_PAGE = 200  # URLs read at a time: so many stay in memory if a client stops reading
 SPOILED = prometheus.Counter("url_keys_refused", "Times that a key could not be increased")
 
-# KEYS: url_commit:<instance>, url_rank, url_total, url_count:(other), url_rank:<day>,
-# url_total:<day>, then url_count:<url> for each URL. ARGV: number of the batch, MAX_URLS,
-# seconds for which a day is kept, then the hits of each URL. Replies with the hits that
-# were counted, the number of URLs, and pairs: a key that could not be increased, and why.
+# The first two lines of the script name its KEYS and ARGV. After those come, for each URL,
+# its url_count:<url> in KEYS, and its hits in ARGV. Replies with the hits that were counted,
+# the number of URLs, and pairs: a key that could not be increased, and why.
 COMMIT = """
 local commit, rank, total, other, day_rank, day_total = unpack(KEYS, 1, 6)
 local sequence, max_urls, keep = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local counted, sum, spoiled = 0, 0, {}
-
+local counted, for_total, spoiled = 0, 0, {}
 local function add(key, hits)
   local count = redis.pcall('INCRBY', key, hits)
   if type(count) == 'number' then return count end
   table.insert(spoiled, {key, count.err})
 end
 
--- Redis does not undo a script that fails half-way. So each command that is used below is
--- tried first, in a way that changes no count. What Redis may refuse (no right, no memory,
--- a wrong type, a read-only replica), it refuses here, before the number is noted.
+-- Redis does not undo a script that fails half-way. So what it may refuse (no right, no
+-- memory, a wrong type, a read-only replica), it must refuse before the number is noted.
+-- For this the next lines run each command that comes later, so that no count changes:
+-- INCRBY of 0, and ZADD with XX, which adds no member.
 local seen = redis.call('INCRBY', commit, 0)
 redis.call('EXPIRE', commit, 24 * 60 * 60)
 redis.call('EXISTS', other)
-redis.call('ZADD', rank, 'XX', 'INCR', 0, '')  -- XX: adds no member
+redis.call('ZADD', rank, 'XX', 'INCR', 0, '')
 if keep > 0 then redis.call('ZADD', day_rank, 'XX', 'INCR', 0, '') end
 local urls = redis.call('ZCARD', rank)
 
--- This batch was counted, but its reply was lost. Only the reply is made again, for the
--- metric and the log. A URL that has no key was counted under (other). A key that takes 0
--- more now took its hits then.
+-- This batch was counted before, but its reply was lost. So nothing is counted, and the
+-- reply is made again. A URL that has no key was counted under (other). One whose key
+-- INCRBY refuses was refused, and add() reports it again. All others were counted.
 if sequence <= seen then
   for i = 7, #KEYS do
     local went_to_other = redis.call('EXISTS', KEYS[i]) == 0
@@ -646,7 +652,8 @@ if sequence <= seen then
   return {counted, urls, spoiled}
 end
 
--- Note the number. From here on nothing fails, as each command was tried.
+-- Note the number, by the command that was tried. From here on nothing fails, as add()
+-- never does.
 redis.call('INCRBY', commit, sequence - seen)
 local near_the_cap = urls + #KEYS > max_urls  -- only then it matters whether a URL is new
 for i = 7, #KEYS do
@@ -657,15 +664,16 @@ for i = 7, #KEYS do
   local count = add(key, hits)
   if count then
     local url = key:sub(#'url_count:' + 1)
-    -- The total is the sum of the list. An earlier version of this program had no list: a
-    -- URL that it has counted brings its whole count along when it gets into the list.
-    local new = redis.call('ZADD', rank, count, url) == 1
-    sum = sum + (new and count or hits)
+    -- The list gets the count itself, so that the two cannot drift apart. A URL that is new
+    -- to the list can have an older count, for an early version of this program had no list.
+    -- Then the total, which is the sum of the list, gets the whole count.
+    local is_new = redis.call('ZADD', rank, count, url) == 1
+    for_total = for_total + (is_new and count or hits)
     counted = counted + hits
     if keep > 0 then redis.call('ZADD', day_rank, 'INCR', hits, url) end
   end
 end
-add(total, sum)
+add(total, for_total)
 if keep > 0 then
   add(day_total, counted)
   redis.call('EXPIRE', day_rank, keep)
@@ -677,59 +685,40 @@ return {counted, redis.call('ZCARD', rank), spoiled}
 
 def address_of(url: str) -> dict[str, Any]:
     """Where Redis is, in options of redis-py. Others, such as time-outs, are left out."""
-    # A password with @ / ? # in it must be quoted. If it is not, redis-py could take a piece of
-    # it for the host, and the host is shown.
+    # Refuse a password in which @ / ? # are not quoted: redis-py could take a piece of it
+    # for the host, and the host is shown.
     if not re.fullmatch(r"\w+://([^@/?#]*@)?[^@?#]*(\?[^@#]*)?", url):
         raise ValueError
-    place = (
-        "connection_class|host|port|path|db|username|password"
-        "|ssl_(ca_certs|certfile|keyfile|cert_reqs|check_hostname)"
-    )
+    place = "connection_class|host|port|path|db|username|password"
+    place += "|ssl_(ca_certs|certfile|keyfile|cert_reqs|check_hostname)"
     return {name: it for name, it in parse_url(url).items() if re.fullmatch(place, name)}
-
-
-@contextmanager
-def store_errors() -> Iterator[None]:
-    """Whatever fails when Redis is read is a StoreError."""
-    try:
-        yield
-    # RuntimeError: uvloop's, of a closed connection. The last two: int("many"), int(infinite).
-    except (redis.RedisError, OSError, RuntimeError, ValueError, OverflowError) as error:
-        raise StoreError(f"Redis: {error}") from error
 
 
 class RedisStore:
     """Counts in Redis."""
 
-    def __init__(self, settings: argparse.Namespace) -> None:
+    def __init__(self, settings: Namespace) -> None:
         """Connects to nothing. Raises any exception if REDIS_URL is no good."""
         self.settings = settings
         self.instance = os.urandom(8).hex()
         address = address_of(settings.redis_url or LOCAL_REDIS)
-        connection_class = address.pop("connection_class", Connection)
+        address["protocol"] = 2  # with 3 one can get a closed connection (redis-py #4252)
+        kind = address.pop("connection_class", Connection)
         # Commits have a connection outside the pool, so that readers cannot hold them up.
-        # It needs no lock, as only GroupCommit's task uses it, for one command at a time.
-        # This is how redis-py's Connection works: send_packed_command() connects if need
-        # be, and sends once. If it or read_response() fails or is cancelled, the connection
-        # is closed. So a late reply is never taken for that of the next command.
-        self.writer = connection_class(socket_timeout=None, protocol=2, **address)
-        self.where = (
-            address.get("path") or f"{self.writer.host}:{self.writer.port}/{self.writer.db}"
-        )
-        self.pool = BlockingConnectionPool(
-            connection_class=connection_class,
-            max_connections=16,
-            timeout=5,  # seconds that a reader waits for one of them
-            socket_timeout=1,
-            socket_connect_timeout=1,
-            # Readers ask a second time, because firewalls forget idle connections. The type
-            # of Retry knows redis-py's errors only, but uvloop has others.
-            retry=Retry(NoBackoff(), 1, (Exception,)),  # type: ignore[arg-type]
-            protocol=2,  # with 3 one can get a closed connection (redis-py #4252)
-            **address,
-        )
-        self.redis: Any = Redis.from_pool(self.pool)
-        self.list_slots = asyncio.Semaphore(8)  # half of the 16, so that others get through
+        # It needs no lock, as only GroupCommit's task uses it, for one command at a time,
+        # and no time-out, as that task has one. This is how redis-py's Connection works:
+        # send_packed_command() connects if need be, and sends once. If it or read_response()
+        # fails or is cancelled, the connection is closed. So a late reply is never taken for
+        # that of the next command.
+        self.writer = writer = kind(socket_timeout=None, **address)
+        self.where = address.get("path") or f"{writer.host}:{writer.port}/{writer.db}"
+        reading = {**address, "socket_timeout": 1, "socket_connect_timeout": 1}
+        # After these errors redis-py asks once more, as firewalls forget idle connections.
+        reading["retry_on_error"] = [Exception]
+        # A reader waits 5 s at most for one of the 16. Lists use 8, so others get through.
+        self.pool = BlockingConnectionPool(16, timeout=5, connection_class=kind, **reading)
+        self.redis: Any = redis.asyncio.Redis.from_pool(self.pool)
+        self.list_slots = asyncio.Semaphore(8)
 
     async def call(self, *command: Any) -> Any:
         """Redis's reply to a command of GroupCommit."""
@@ -740,10 +729,10 @@ class RedisStore:
         """Connect to where the address leads now, and see if Redis takes commits."""
         await self.writer.disconnect(nowait=True)
         await self.pool.disconnect(inuse_connections=False)
-        # First a short command: if a password is missing, Redis says so. To a long one it
-        # says "Protocol error".
+        # First a command of few words: if a password is missing, Redis says so. To one of
+        # many words it says "Protocol error".
         await self.ping()
-        # Number 0 is never new: so the script tries its commands, and counts nothing.
+        # Number 0 is never new: the script only tries its commands, and counts nothing.
         _, urls = await self.commit(0, {})
         if not urls:
             with suppress(redis.ResponseError):  # no right to look
@@ -761,11 +750,10 @@ class RedisStore:
         day = utc_day()
         keys = [f"url_commit:{self.instance}", "url_rank", "url_total", f"url_count:{OTHER}"]
         keys += [f"url_rank:{day}", f"url_total:{day}", *(f"url_count:{url}" for url in hits)]
-        # Where aiohttp has no C parser, bytes that are no UTF-8 come as surrogates.
-        packable = [key.encode(errors="surrogateescape") for key in keys]
-        numbers = [sequence, self.settings.max_urls, self.settings.keep_days * 86_400]
+        keep = self.settings.keep_days * 86_400
+        numbers = [sequence, self.settings.max_urls, keep, *hits.values()]
         counted, urls, spoiled = await self.call(
-            "EVAL", COMMIT, len(keys), *packable, *numbers, *hits.values()
+            "EVAL", COMMIT, len(keys), *map(as_bytes, keys), *numbers
         )
         for key, error in spoiled:
             SPOILED.inc()
@@ -773,34 +761,30 @@ class RedisStore:
         return counted, urls
 
     async def totals(self, day: str) -> tuple[int, int]:
-        """Hits and URLs."""
-        with store_errors():
-            hits = await self.redis.get(of_day("url_total", day))
-            urls = await self.redis.zcard(of_day("url_rank", day))
-            return int(hits or 0), urls
+        hits = await self.redis.get(of_day("url_total", day))
+        urls = await self.redis.zcard(of_day("url_rank", day))
+        return int(hits or 0), urls
 
     async def find(self, day: str, url: str) -> tuple[int, int] | None:
         """Count and rank of a URL. The most requested one has rank 1."""
         key = of_day("url_rank", day)
-        with store_errors():
-            count = await self.redis.zscore(key, url)
-            ahead = await self.redis.zrevrank(key, url)
-            if count is None or ahead is None:  # a day can expire between the two
-                return None
-            return int(count), ahead + 1
+        member = as_bytes(url)
+        count = await self.redis.zscore(key, member)
+        ahead = await self.redis.zrevrank(key, member)
+        if count is None or ahead is None:  # a day can expire between the two
+            return None
+        return int(count), ahead + 1
 
     async def ranked(self, day: str, offset: int, limit: int) -> Pages:
         """Most requested first, equal counts by descending URL."""
         key = of_day("url_rank", day)
         for start in range(offset, offset + limit, LIST_PAGE):
             last = min(start + LIST_PAGE, offset + limit) - 1
-            with store_errors():
-                async with self.list_slots:
-                    found = await self.redis.zrevrange(key, start, last, withscores=True)
-                rows = [(url.decode(errors="replace"), int(count)) for url, count in found]
-            if not rows:
+            async with self.list_slots:
+                found = await self.redis.zrevrange(key, start, last, withscores=True)
+            if not found:
                 return
-            yield rows
+            yield [(url.decode(errors="replace"), int(count)) for url, count in found]
 
     async def close(self) -> None:
         await self.writer.disconnect(nowait=True)  # or a Redis that hangs holds us up
@@ -814,7 +798,7 @@ class MemoryStore:
     where = "memory"
     instance = ""
 
-    def __init__(self, settings: argparse.Namespace) -> None:
+    def __init__(self, settings: Namespace) -> None:
         self.settings = settings
         self.counts: dict[str, Counter[str]] = {ALL_TIME: Counter()}  # and of each day
 
@@ -831,7 +815,7 @@ class MemoryStore:
             counts[url] += n
             today[url] += n
         for day in self.counts.keys() - {ALL_TIME}:
-            if day <= utc_day(ago=self.settings.keep_days):  # today is one of keep_days
+            if day <= utc_day(ago=self.settings.keep_days):  # by date, not by the last hit
                 del self.counts[day]
         return sum(hits.values()), len(counts)
 
@@ -840,22 +824,26 @@ class MemoryStore:
         return counts.total(), len(counts)
 
     async def find(self, day: str, url: str) -> tuple[int, int] | None:
-        rows = enumerate(self.ranking(day), start=1)
-        return next(((count, rank) for rank, (it, count) in rows if it == url), None)
+        counts = self.counts.get(day, Counter())
+        ahead = sum((n, it) > (counts[url], url) for it, n in counts.items())
+        return (counts[url], ahead + 1) if url in counts else None
 
     async def ranked(self, day: str, offset: int, limit: int) -> Pages:
-        rows = self.ranking(day)[offset : offset + limit]
+        counts = self.counts.get(day, Counter())
+        rows = sorted(counts.items(), key=lambda row: (row[1], row[0]), reverse=True)
+        rows = rows[offset : offset + limit]
         for start in range(0, len(rows), LIST_PAGE):
             yield rows[start : start + LIST_PAGE]
             await asyncio.sleep(0)  # let others be served in between
 
-    def ranking(self, day: str) -> Rows:
-        counts = self.counts.get(day, Counter())
-        return sorted(counts.items(), key=lambda row: (row[1], row[0]), reverse=True)
-
 
 def of_day(key: str, day: str) -> str:
     return f"{key}:{day}" if day else key
+
+
+def as_bytes(text: str) -> bytes:
+    # Where aiohttp has no C parser, bytes of a path that are no UTF-8 come as surrogates.
+    return text.encode(errors="surrogateescape")
 
 
 def utc_day(ago: int = 0) -> str:
@@ -867,25 +855,17 @@ def utc_day(ago: int = 0) -> str:
 # closes when all requests are answered and GroupCommit has committed their hits.
 
 
-async def choose_store(settings: argparse.Namespace) -> Store:
-    """The Redis of REDIS_URL, there yet or not. If unset, the local one, or memory."""
-    store = RedisStore(settings)
-    if settings.redis_url:
-        return store
+async def counting(settings: Namespace, app: web.Application) -> AsyncIterator[None]:
+    """The life of the store and of GroupCommit, around that of the application."""
+    store: Store = RedisStore(settings)
     try:
-        async with asyncio.timeout(1):
-            await store.connect()
-            return store
+        if not settings.redis_url:  # see if the local Redis can be used, else it is memory
+            await asyncio.wait_for(store.connect(), 1)
     except Exception as error:  # whatever it is that answers there
         await store.close()
         reason = f"{store.where}: {str(error) or 'no answer in time'}"
         log.warning("REDIS_URL is not set: counts are lost on exit", no_local_redis=reason)
-        return MemoryStore(settings)
-
-
-async def counting(settings: argparse.Namespace, app: web.Application) -> AsyncIterator[None]:
-    """The life of the store and of GroupCommit, around that of the application."""
-    store = await choose_store(settings)
+        store = MemoryStore(settings)
     commits = app[COMMITS] = GroupCommit(store)
     task = asyncio.create_task(commits.run())
     for _ in range(100):  # look for a second at most, so that /stats/ works at once
@@ -904,7 +884,7 @@ async def counting(settings: argparse.Namespace, app: web.Application) -> AsyncI
     log.info("stopped")
 
 
-def create_app(settings: argparse.Namespace) -> web.Application:
+def create_app(settings: Namespace) -> web.Application:
     app = web.Application(middlewares=[count_and_guard])
     app[TEST_RUN] = asyncio.Lock()
     app.add_routes(ROUTES.values())
@@ -912,46 +892,31 @@ def create_app(settings: argparse.Namespace) -> web.Application:
     return app
 
 
-async def serve(settings: argparse.Namespace, listener: socket.socket) -> None:
+async def serve(settings: Namespace, listener: socket.socket) -> None:
     """Serve until SIGINT, SIGTERM or SIGHUP comes, then end in order."""
     stop = asyncio.Event()
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             asyncio.get_running_loop().add_signal_handler(signum, stop.set)
-    runner = web.AppRunner(
-        create_app(settings),
-        access_log=None,  # it would cost as much as counting does
-        auto_decompress=False,  # nobody reads a body, so none is inflated
-        # More than aiohttp's 8 kB and 128. But 16 kB of slashes cost its router 27 ms, 64 kB
-        # 284, and a client that sends headers and no end of them is held in memory.
-        max_line_size=16_384,
-        max_field_size=16_384,
-        max_headers=256,
-        shutdown_timeout=1.5,  # then aiohttp cancels, and waits as long again
-    )
-    try:
-        await runner.setup()
-        site = web.SockSite(runner, listener, backlog=1024)
-        await site.start()
-        log.info("started", page=site.name)
-        await stop.wait()
-    finally:
-        await runner.cleanup()
-    # All is saved. Python would still wait for threads that ask a name server, and a second
-    # Ctrl-C would break that off with an error.
+    # More than aiohttp's 8 kB and 128. Not much more, as 64 kB of slashes keep its router busy
+    # for 284 ms, and headers that have no end are held in memory.
+    options = dict[str, Any](max_line_size=16_384, max_field_size=16_384, max_headers=256)
+    options["access_log"] = None  # it would cost as much as counting does
+    options["auto_decompress"] = False  # nobody reads a body, so none is inflated
+    options["shutdown_timeout"] = 1.5  # then aiohttp cancels, and waits as long again
+    runner = web.AppRunner(create_app(settings), **options)
+    await runner.setup()
+    site = web.SockSite(runner, listener, backlog=1024)
+    await site.start()
+    log.info("started", page=site.name)
+    await stop.wait()
+    await runner.cleanup()
+    # All is saved. Python would still wait for threads, such as one that asks a name server.
     os._exit(0)
 
 
-def configure_logging() -> None:
-    """One event a line on standard error: for people on a terminal, else JSON."""
-    render = structlog.dev.ConsoleRenderer() if os.isatty(2) else steps.JSONRenderer()
-    # The standard library's loggers survive a log that cannot be written (a full disk).
-    structlog.configure((*STAMPS, render), logger_factory=structlog.stdlib.LoggerFactory())
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # clients' errors
-
-
 def prepare_process() -> None:
+    """Streams, files, and the log: for people on a terminal, else in lines of JSON."""
     # If a standard stream is closed, a socket would get its number, and libuv would abort
     # at the end. So /dev/null is opened until it gets a number after theirs.
     while os.open(os.devnull, os.O_RDWR) < 3:
@@ -961,12 +926,17 @@ def prepare_process() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = 10_240 if sys.platform == "darwin" else most
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
+    render = structlog.dev.ConsoleRenderer() if os.isatty(2) else steps.JSONRenderer()
+    # The standard library's loggers survive a log that cannot be written (a full disk).
+    stamps = (steps.add_log_level, steps.TimeStamper("iso"), steps.format_exc_info)
+    structlog.configure((*stamps, render), logger_factory=structlog.stdlib.LoggerFactory())
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # clients' errors
 
 
 def main() -> None:
     settings = read_settings(sys.argv[1:])
     prepare_process()
-    configure_logging()
     ipv6 = ":" in settings.host
     family = socket.AF_INET6 if ipv6 else socket.AF_INET
     try:

@@ -296,7 +296,7 @@ async def test_an_unknown_parameter_is_a_400(client: App, path: str, known: str)
 async def test_a_list_is_broken_off_never_short(client: App, monkeypatch: Patch) -> None:
     async def ranked(*_: object) -> AsyncIterator[server.Rows]:
         yield [("/api/a/", 1)]
-        raise server.StoreError("gone")
+        raise OSError("gone")
 
     monkeypatch.setattr(client.commits.store, "ranked", ranked)
     with pytest.raises(aiohttp.ClientError):
@@ -639,9 +639,10 @@ async def test_hits_wait_for_their_batch_and_share_it_even_if_one_leaves() -> No
 
     async with group_commit(Gated(settings_of())) as commits:
         await until(lambda: not commits.away)
-        first = commits.hit("/api/a/")
+        first = asyncio.create_task(commits.hit("/api/a/"))
         await entered.wait()
-        rest = [commits.hit("/api/a/") for _ in range(40)]
+        rest = [asyncio.create_task(commits.hit("/api/a/")) for _ in range(40)]
+        await asyncio.sleep(0)
         rest.pop(3).cancel()
         await asyncio.sleep(0)
         assert commits.pending == 41

@@ -93,7 +93,7 @@ async def test_the_readme_shows_what_the_server_says(serve: Serve) -> None:
 def test_the_settings_table_is_what_help_says_and_names_the_defaults() -> None:
     said = " ".join(run(sys.executable, "server.py", "--help").stdout.split())
     rows = re.findall(r"^\| `([A-Z_]+)` \| `(--[a-z-]+)` \| (.+) \|$", README, re.MULTILINE)
-    assert [name.lower() for name, _, _ in rows] == [name for name, *_ in server.OPTIONS]
+    assert [name for name, _, _ in rows] == [name for name, *_ in server.OPTIONS]
     for (name, flag, meaning), (_, default, *_) in zip(rows, server.OPTIONS, strict=True):
         assert f"{flag} {name} {meaning}" in said
         assert meaning.startswith(str(default or "unset"))

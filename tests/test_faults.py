@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 import server
 from conftest import (
@@ -466,9 +467,10 @@ async def test_who_waits_for_what_has_been_committed_is_answered_at_once(
     store = Gated(redis_server.url)
     async with group_commit(store) as commits:
         await until(lambda: not commits.away)
-        first = [commits.hit(f"/api/{n}/") for n in range(3)]
+        first = [asyncio.create_task(commits.hit(f"/api/{n}/")) for n in range(3)]
         await until(lambda: store.batches)
-        late = [commits.hit(f"/api/{n}/") for n in range(3)]
+        late = [asyncio.create_task(commits.hit(f"/api/{n}/")) for n in range(3)]
+        await asyncio.sleep(0)
         for _ in range(2):
             store.gate.release()
         async with asyncio.timeout(0.7):  # less than the second after which an idle server looks
@@ -687,11 +689,12 @@ async def test_what_is_on_its_way_back_can_be_hit_again_without_a_second_copy(
         urls = await fill(commits)
         redis.start()
         await until(lambda: store.batches)  # the first of several, and it does not get through
-        for url in urls:
-            commits.hit(url)  # not awaited: each would take a moment now
+        again = [asyncio.create_task(commits.hit(url)) for url in urls]
+        await asyncio.sleep(0)  # now all are added
         assert commits.backlog_bytes < server.BACKLOG_BYTES + server.TAKEN_ALONG
         for _ in urls:
             store.gate.release()
+        await asyncio.gather(*again)
         await until(lambda: not commits.pending)
     assert redis.counts() == dict.fromkeys(urls, 2)
 
@@ -721,11 +724,13 @@ async def test_the_bound_holds_while_the_backlog_goes_back(
         store.gate.release()
         await until(lambda: not commits.away and len(store.batches) == 2)
         commits.backlog_bytes = server.BACKLOG_BYTES  # it is full again, and Redis is there
-        known = commits.hit(urls[0])  # goes back last
-        with pytest.raises(server.StoreError, match="too many URLs"):
-            commits.hit("/api/new/")
+        known = asyncio.create_task(commits.hit(urls[0]))  # goes back last
+        await asyncio.sleep(0)
+        with pytest.raises(web.HTTPServiceUnavailable) as refused:
+            await commits.hit("/api/new/")
+        assert "too many URLs" in str(refused.value.text)
         monkeypatch.undo()
-        new = commits.hit("/api/new/")
+        new = asyncio.create_task(commits.hit("/api/new/"))
         for _ in range(20):
             store.gate.release()
         await asyncio.gather(known, new)
@@ -733,15 +738,16 @@ async def test_the_bound_holds_while_the_backlog_goes_back(
     assert redis.total() == len(urls) + 2
 
 
-async def test_bytes_that_are_no_utf8_do_not_stop_the_counting(
+async def test_bytes_that_are_no_utf8_are_counted_and_found(
     serve: Serve, redis_server: RedisServer
 ) -> None:
     """aiohttp lets them through where it has no C parser."""
     process = serve(redis_server.url, AIOHTTP_NO_EXTENSIONS="1")
-    said = await asyncio.to_thread(
-        talk, process.port, b"GET /api/\xff HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-    )
-    assert said.startswith(b"HTTP/1.1 200")
+    for path in (b"/api/\xff", b"/stats/api/\xff"):
+        request = b"GET " + path + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        said = await asyncio.to_thread(talk, process.port, request)
+        assert said.startswith(b"HTTP/1.1 200"), said
+    assert b'"count": 1' in said
     await process.hit(a=1)
     assert redis_server.total() == 2
 
