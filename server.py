@@ -78,7 +78,7 @@ OPTIONS = [  # variable, default, lowest and highest number, what --help says of
     ("REDIS_URL", "", None, f"tries {LOCAL_REDIS}, else counts in memory"),
     ("MAX_TEST_REQUESTS", 100_000, ANY, "the most in one test run, 0 turns /test/ off"),
     ("MAX_URLS", 10_000_000, (1, NO_LIMIT), 'beyond them a new URL counts as "(other)"'),
-    ("KEEP_DAYS", 7, (0, 36_500), "days of which the list is kept, 0 keeps none"),
+    ("KEEP_DAYS", 7, (0, 36_500), "days with a list of their own, 0 for none"),
 ]
 
 
@@ -120,7 +120,7 @@ COUNTED_AS = web.RequestKey("counted_as", str)  # the decoded path with a slash 
 
 Store: TypeAlias = "RedisStore | MemoryStore"
 Rows = list[tuple[str, int]]  # URL and count, most requested first
-Pages = AsyncIterator[Rows]  # of LIST_PAGE rows at most
+Pages = AsyncIterator[Rows]  # of 200 rows at most
 ALL_TIME = ""  # stands where a day like "2026-11-26" could
 NOSNIFF = {"X-Content-Type-Options": "nosniff"}
 HEADERS = {**NOSNIFF, "Content-Type": "application/json", "Cache-Control": "no-store"}
@@ -137,9 +137,8 @@ async def count_and_guard(request: Request, handler: Handler) -> StreamResponse:
     """Count a request under /api/, answer errors in JSON, note how long it took."""
     began = time.perf_counter()
     try:
-        # As this is the only middleware, handler is the very function of the route. The path
-        # cannot tell: the router takes the %2F of /api%2Fx for no slash, and request.path is
-        # what it is when decoded.
+        # As this is the only middleware, handler is the very function of the route.
+        # request.path does not tell: for /api%2Fx, which has no route, it is /api/x, too.
         if handler is api:
             if len(request.path) > 2048:
                 raise web.HTTPRequestURITooLong(text="a path has at most 2,048 characters")
@@ -186,9 +185,9 @@ async def stats(request: Request) -> Response:
         else:
             headers["X-Total-Count"] = str(urls)
             pages = store.ranked(day, offset, limit)
-        # Only the first page is read in here: until the headers go out, a failure can be a
-        # 503. aiohttp reads the other pages while it sends them. For HEAD it reads none.
         first: Rows = await anext(pages, [])
+    # From here on a failure breaks the connection off, for the headers go out. aiohttp reads
+    # the other pages while it sends the list, and none for HEAD.
     return Response(body=json_list(first, pages), headers=headers)
 
 
@@ -222,7 +221,7 @@ def json_rows(rows: Rows) -> bytes:
 async def stats_of_url(request: Request) -> Response:
     refuse_unknown(request, "day")
     day = day_asked_for(request)
-    url = request.path.removeprefix("/stats").removesuffix("/") + "/"
+    url = request.match_info["url"].removesuffix("/") + "/"
     with store_for_reading(request) as store:
         found = await store.find(day, url)
     if not found:
@@ -231,7 +230,7 @@ async def stats_of_url(request: Request) -> Response:
     return answer({"count": count, "url": url, "rank": rank})
 
 
-async def test(request: Request) -> Response:
+async def start_test_run(request: Request) -> Response:
     refuse_unknown(request, "seed", "concurrency")
     most = request.app[COMMITS].store.settings.max_test_requests
     if not most:
@@ -338,26 +337,26 @@ def day_asked_for(request: Request) -> str:
     raise web.HTTPBadRequest(text=f"day is {day!r}: use today, yesterday or 2026-11-26")
 
 
-async def go_on(request: Request) -> None:
-    """Whatever a client expects (Expect: 100-continue), let it send its body."""
+async def send_100_continue(request: Request) -> None:
+    """Whatever a client has in its Expect header, let it send its body."""
     if request.version == aiohttp.HttpVersion11:
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
-# By their names in /metrics. Of the names in {}, only n is read by a handler. (?s:.*) is any
+# Each route stands under its name in /metrics. Nobody reads slash and tail. (?s:.*) is any
 # text, also with a line feed, which a path can have as %0A.
 ROUTES = {
     "/": web.get("/", live_page),
     "/stats/": web.get("/stats{slash:/?}", stats),
     "/stats/api/...": web.get("/stats{url:/api/(?s:.*)}", stats_of_url),
-    "/test/<n>/": web.post("/test/{n}{slash:/?}", test),
+    "/test/<n>/": web.post("/test/{n}{slash:/?}", start_test_run),
     "/health": web.get("/health{slash:/?}", health),
     "/metrics": web.get("/metrics{slash:/?}", metrics),
     "/api/...": web.route("*", "/api/{tail:(?s:.*)}", api),
 }
 ROUTE_NAMES = {route.handler: name for name, route in ROUTES.items()}
 for route in ROUTES.values():
-    route.kwargs["expect_handler"] = go_on  # aiohttp's has a 417 in plain text
+    route.kwargs["expect_handler"] = send_100_continue  # aiohttp's has a 417 in plain text
 
 
 # --- Synthetic traffic ------------------------------------------------------------------
@@ -457,8 +456,9 @@ class GroupCommit:
         self.sent_waiters: list[asyncio.Future[None]] = []  # requests of what was sent
         self.wake = asyncio.Event()  # there is a hit to commit
         self.sequence = 0  # number of the last batch
-        self.state = "starting"  # then connected, disconnected, or refuses: Redis says no
-        self.reason = "no answer yet"  # why the store is away
+        # When it is not connected, the store is away: starting, disconnected or refuses.
+        self.state = "starting"
+        self.reason = "no answer yet"  # why it is away
         PENDING.set_function(lambda: self.pending)
         UP.set_function(lambda: not self.away)
 
@@ -468,8 +468,8 @@ class GroupCommit:
 
     async def hit(self, url: str) -> None:
         """Add a hit. Returns when the store has it or, while that is away, at once."""
-        # When the store fails, the open batch goes to the backlog. So while that is full, no
-        # URL is added anywhere, even if the store is connected.
+        # While the backlog is full, no URL is added: not to the open batch, either, for that
+        # goes to the backlog if the store fails.
         full = self.backlog_bytes >= BACKLOG_BYTES
         if full and not any(url in hits for hits in (self.open_batch, self.sent, self.backlog)):
             raise web.HTTPServiceUnavailable(text="too many URLs wait for Redis: try again later")
@@ -534,7 +534,7 @@ class GroupCommit:
             self.close_batch()
         with COMMIT_SECONDS.time():
             counted, urls = await self.store.commit(self.sequence, self.sent)
-        self.pending -= self.sent.total()  # the store has logged those that cannot count
+        self.pending -= self.sent.total()  # also those that the store could not count, and logged
         self.sent = Counter()
         self.release(self.sent_waiters)
         HITS.inc(counted)
@@ -580,11 +580,11 @@ class GroupCommit:
         self.release(self.open_waiters)
 
     def log_pending(self) -> None:
-        """A line for each batch, with the number that it has or would have got."""
+        """A line for each batch, with its number: so recover.py adds it only once."""
         while self.sent or self.open_batch or self.backlog:
             if not self.sent:
                 self.close_batch()
-            # In JSON, on a terminal, too: tools/recover.py reads it.
+            # In JSON, on a terminal, too, as recover.py reads it.
             facts = {
                 "event": "hits not committed",
                 "level": "error",
@@ -610,7 +610,8 @@ COMMITS = web.AppKey("commits", GroupCommit)
 #   url_count:<url>         the count: the truth, from which the others can be made again
 #   url_rank                sorted set of the URLs, scored with the count itself
 #   url_total               the sum of url_rank
-#   url_rank:2026-11-26, url_total:2026-11-26   hits of a UTC day, until KEEP_DAYS after its last
+#   url_rank:2026-11-26, url_total:2026-11-26   the same of one UTC day; they expire when
+#                           KEEP_DAYS days have passed since its last hit
 #   url_commit:<instance>   number of the last batch applied for one server, for 24 hours
 
 OTHER = "(other)"
@@ -641,9 +642,10 @@ redis.call('ZADD', rank, 'XX', 'INCR', 0, '')
 if keep > 0 then redis.call('ZADD', day_rank, 'XX', 'INCR', 0, '') end
 local urls = redis.call('ZCARD', rank)
 
--- This batch was counted before, but its reply was lost. So nothing is counted, and the
--- reply is made again. A URL that has no key was counted under (other). One whose key
--- INCRBY refuses was refused, and add() reports it again. All others were counted.
+-- This batch was counted before, but its reply was lost. So nothing is counted, and only
+-- the reply is made again, for the metric and the log. A URL that has no key was counted
+-- under (other). One whose key INCRBY refuses was refused, and add() reports it again.
+-- All others were counted.
 if sequence <= seen then
   for i = 7, #KEYS do
     local went_to_other = redis.call('EXISTS', KEYS[i]) == 0
@@ -689,9 +691,12 @@ def address_of(url: str) -> dict[str, Any]:
     # for the host, and the host is shown.
     if not re.fullmatch(r"\w+://([^@/?#]*@)?[^@?#]*(\?[^@#]*)?", url):
         raise ValueError
-    place = "connection_class|host|port|path|db|username|password"
-    place += "|ssl_(ca_certs|certfile|keyfile|cert_reqs|check_hostname)"
-    return {name: it for name, it in parse_url(url).items() if re.fullmatch(place, name)}
+    options = parse_url(url).items()
+    known = (
+        "connection_class|host|port|path|db|username|password"
+        "|ssl_(ca_certs|certfile|keyfile|cert_reqs|check_hostname)"
+    )
+    return {name: value for name, value in options if re.fullmatch(known, name)}
 
 
 class RedisStore:
@@ -713,7 +718,7 @@ class RedisStore:
         self.writer = writer = kind(socket_timeout=None, **address)
         self.where = address.get("path") or f"{writer.host}:{writer.port}/{writer.db}"
         reading = {**address, "socket_timeout": 1, "socket_connect_timeout": 1}
-        # After these errors redis-py asks once more, as firewalls forget idle connections.
+        # Firewalls forget idle connections. So after any error redis-py tries once more.
         reading["retry_on_error"] = [Exception]
         # A reader waits 5 s at most for one of the 16. Lists use 8, so others get through.
         self.pool = BlockingConnectionPool(16, timeout=5, connection_class=kind, **reading)
@@ -787,7 +792,7 @@ class RedisStore:
             yield [(url.decode(errors="replace"), int(count)) for url, count in found]
 
     async def close(self) -> None:
-        await self.writer.disconnect(nowait=True)  # or a Redis that hangs holds us up
+        await self.writer.disconnect(nowait=True)  # a Redis that hangs must not hold this up
         with suppress(redis.RedisError):
             await self.redis.aclose()
 
@@ -825,7 +830,7 @@ class MemoryStore:
 
     async def find(self, day: str, url: str) -> tuple[int, int] | None:
         counts = self.counts.get(day, Counter())
-        ahead = sum((n, it) > (counts[url], url) for it, n in counts.items())
+        ahead = sum((n, other) > (counts[url], url) for other, n in counts.items())
         return (counts[url], ahead + 1) if url in counts else None
 
     async def ranked(self, day: str, offset: int, limit: int) -> Pages:
@@ -855,7 +860,7 @@ def utc_day(ago: int = 0) -> str:
 # closes when all requests are answered and GroupCommit has committed their hits.
 
 
-async def counting(settings: Namespace, app: web.Application) -> AsyncIterator[None]:
+async def group_commit(settings: Namespace, app: web.Application) -> AsyncIterator[None]:
     """The life of the store and of GroupCommit, around that of the application."""
     store: Store = RedisStore(settings)
     try:
@@ -888,7 +893,7 @@ def create_app(settings: Namespace) -> web.Application:
     app = web.Application(middlewares=[count_and_guard])
     app[TEST_RUN] = asyncio.Lock()
     app.add_routes(ROUTES.values())
-    app.cleanup_ctx.append(partial(counting, settings))
+    app.cleanup_ctx.append(partial(group_commit, settings))
     return app
 
 
@@ -927,8 +932,8 @@ def prepare_process() -> None:
     files = 10_240 if sys.platform == "darwin" else most
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
     render = structlog.dev.ConsoleRenderer() if os.isatty(2) else steps.JSONRenderer()
-    # The standard library's loggers survive a log that cannot be written (a full disk).
     stamps = (steps.add_log_level, steps.TimeStamper("iso"), steps.format_exc_info)
+    # The standard library's loggers survive a log that cannot be written (a full disk).
     structlog.configure((*stamps, render), logger_factory=structlog.stdlib.LoggerFactory())
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # clients' errors
