@@ -83,7 +83,7 @@ OPTIONS = [  # variable, default, lowest and highest number, what --help says of
 
 
 def read_settings(arguments: list[str]) -> Namespace:
-    """From flags, else the environment, else the defaults. What is wrong exits with 2."""
+    """From flags, else the environment, else the defaults. A bad value exits with 2."""
     parser = ArgumentParser("server.py", usage=SUPPRESS, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=__version__)
     for variable, default, limits, meaning in OPTIONS:
@@ -106,7 +106,7 @@ def whole_number(name: str, lowest: int, highest: int, text: str) -> int:
     """The number that text spells in ASCII digits. Raises ArgumentTypeError."""
     if re.fullmatch("[0-9]{1,16}", text) and lowest <= int(text) <= highest:
         return int(text)
-    # A text with other signs is not shown: it may be a REDIS_URL in the wrong place.
+    # A text with other characters is not shown: it may be a misplaced REDIS_URL.
     shown = repr(text) if re.fullmatch(r"[\w.+-]{0,40}", text) else "no number"
     raise ArgumentTypeError(f"{name} is {shown}: use a whole number from {lowest} to {highest}")
 
@@ -132,6 +132,10 @@ REQUESTS = prometheus.Histogram(
 seconds_of = lru_cache(1024)(REQUESTS.labels)  # labels() takes as long as observe()
 
 
+class StoreError(Exception):
+    """The store cannot do this now. The text says why; the client gets a 503 with it."""
+
+
 @web.middleware
 async def count_and_guard(request: Request, handler: Handler) -> StreamResponse:
     """Count a request under /api/, answer errors in JSON, note how long it took."""
@@ -149,6 +153,8 @@ async def count_and_guard(request: Request, handler: Handler) -> StreamResponse:
         texts = {404: NOT_HERE, 405: f"use {error.headers.get('Allow')} here"}
         told = texts.get(error.status, error.text)
         response = answer({"error": told}, error.status, **error.headers)
+    except StoreError as error:
+        response = answer({"error": str(error)}, 503)
     except Exception:
         log.exception("unexpected error", path=str(request.rel_url))
         response = answer({"error": "unexpected error: the server's log has it"}, 500)
@@ -214,8 +220,9 @@ async def json_list(first: Rows, more: Pages) -> AsyncIterator[bytes]:
 
 
 def json_rows(rows: Rows) -> bytes:
-    objects = (f'{{"count": {count}, "url": {json_string(url)}}}' for url, count in rows)
-    return ", ".join(objects).encode()
+    return ", ".join(
+        f'{{"count": {count}, "url": {json_string(url)}}}' for url, count in rows
+    ).encode()
 
 
 async def stats_of_url(request: Request) -> Response:
@@ -276,8 +283,8 @@ async def health(request: Request) -> Response:
         with store_for_reading(request) as store:
             report["hits"], report["urls"] = await store.totals(ALL_TIME)
         return answer(report)
-    except web.HTTPServiceUnavailable as error:
-        report |= {"status": "unhealthy", "error": error.text}
+    except StoreError as error:
+        report |= {"status": "unhealthy", "error": str(error)}
         return answer(report, 503)
 
 
@@ -302,16 +309,16 @@ async def live_page(request: Request) -> Response:
 
 @contextmanager
 def store_for_reading(request: Request) -> Iterator[Store]:
-    """The store. If it is away, or reading fails in any way, the answer is a 503."""
+    """The store. If it is away, or reading fails in any way, this is a StoreError."""
     commits = request.app[COMMITS]
     if commits.away:
-        raise web.HTTPServiceUnavailable(text=commits.reason)
+        raise StoreError(commits.reason)
     try:
         yield commits.store
     # RuntimeError: uvloop's, of a closed connection. The last two: int() of a count that
     # something else has put there, such as "many" or infinity.
     except (redis.RedisError, OSError, RuntimeError, ValueError, OverflowError) as error:
-        raise web.HTTPServiceUnavailable(text=f"Redis: {error}") from error
+        raise StoreError(f"Redis: {error}") from error
 
 
 def refuse_unknown(request: Request, *known: str) -> None:
@@ -472,7 +479,7 @@ class GroupCommit:
         # goes to the backlog if the store fails.
         full = self.backlog_bytes >= BACKLOG_BYTES
         if full and not any(url in hits for hits in (self.open_batch, self.sent, self.backlog)):
-            raise web.HTTPServiceUnavailable(text="too many URLs wait for Redis: try again later")
+            raise StoreError("too many URLs wait for Redis: try again later")
         self.pending += 1
         if self.away:
             if url not in self.backlog:
@@ -511,8 +518,11 @@ class GroupCommit:
             async with asyncio.timeout(LONG_PATIENCE):
                 await self.commit_batch()
             if time.monotonic() - began < PATIENCE / 2:
-                event = "counting" if self.state == "starting" else "redis is back"
-                log.info(event, where=self.store.where, held=held)
+                log.info(
+                    "counting" if self.state == "starting" else "redis is back",
+                    where=self.store.where,
+                    held=held,
+                )
                 self.state = "connected"
 
     async def wait_for_hits(self) -> None:
@@ -613,6 +623,7 @@ COMMITS = web.AppKey("commits", GroupCommit)
 #   url_rank:2026-11-26, url_total:2026-11-26   the same of one UTC day; they expire when
 #                           KEEP_DAYS days have passed since its last hit
 #   url_commit:<instance>   number of the last batch applied for one server, for 24 hours
+#                           (an unconfirmed batch that goes again later could count twice)
 
 OTHER = "(other)"
 LIST_PAGE = 200  # URLs read at a time: so many stay in memory if a client stops reading
@@ -755,10 +766,9 @@ class RedisStore:
         day = utc_day()
         keys = [f"url_commit:{self.instance}", "url_rank", "url_total", f"url_count:{OTHER}"]
         keys += [f"url_rank:{day}", f"url_total:{day}", *(f"url_count:{url}" for url in hits)]
-        keep = self.settings.keep_days * 86_400
-        numbers = [sequence, self.settings.max_urls, keep, *hits.values()]
+        limits = [self.settings.max_urls, self.settings.keep_days * 86_400]
         counted, urls, spoiled = await self.call(
-            "EVAL", COMMIT, len(keys), *map(as_bytes, keys), *numbers
+            "EVAL", COMMIT, len(keys), *map(as_bytes, keys), sequence, *limits, *hits.values()
         )
         for key, error in spoiled:
             SPOILED.inc()
@@ -781,7 +791,7 @@ class RedisStore:
         return int(count), ahead + 1
 
     async def ranked(self, day: str, offset: int, limit: int) -> Pages:
-        """Most requested first, equal counts by descending URL."""
+        """Most requested first, equal counts by descending URL: the order of ZREVRANGE."""
         key = of_day("url_rank", day)
         for start in range(offset, offset + limit, LIST_PAGE):
             last = min(start + LIST_PAGE, offset + limit) - 1
