@@ -17,7 +17,8 @@
 
 A request counts once, under its decoded path with a slash at the end. Its answer means
 that the hit is in Redis or, while Redis is away, held in memory (64 MB of URLs) until it
-is back. Its day is that on which Redis gets it. Errors: {"error": "what is wrong"}.
+is back. Its day is that on which Redis gets it. A key of Redis that holds no number is
+logged, and its URL does not count. Errors: {"error": "what is wrong"}.
 """
 
 import asyncio
@@ -38,7 +39,6 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, date, datetime, timedelta
 from functools import lru_cache, partial
-from json.encoder import encode_basestring_ascii as json_string
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -67,10 +67,8 @@ def log_once(event: str, **facts: str) -> None:
 
 # --- Settings ---------------------------------------------------------------------------
 # main() reads them once. Other programs give create_app() what read_settings([]) returns.
-
 LOCAL_REDIS = "redis://localhost:6379/0"
-NO_LIMIT = 10**15
-Limits = tuple[int, int]
+NO_LIMIT = 10**15  # Lua counts exactly up to nine times as many
 ANY = (0, NO_LIMIT)
 OPTIONS = [  # variable, default, lowest and highest number, what --help says of it
     ("HOST", "127.0.0.1", None, "0.0.0.0 listens to the network, :: by IPv6, too"),
@@ -88,7 +86,7 @@ def read_settings(arguments: list[str]) -> Namespace:
     parser.add_argument("--version", action="version", version=__version__)
     for variable, default, limits, meaning in OPTIONS:
         flag = "--" + variable.lower().replace("_", "-")
-        given = os.environ.get(variable) or default  # checked like a flag
+        given = os.environ.get(variable) or default  # argparse checks text here, too
         kind = partial(whole_number, variable, *limits) if limits else str
         parser.add_argument(flag, default=given, type=kind, help=f"{default or 'unset'}; {meaning}")
     settings, unknown = parser.parse_known_args(arguments)
@@ -96,7 +94,7 @@ def read_settings(arguments: list[str]) -> Namespace:
         names = [word for word in unknown if re.fullmatch("--[a-z_-]+", word)]
         parser.error(f"not known: {', '.join(names) or 'an argument'}; see --help")
     try:
-        RedisStore(settings)  # reads the address, and connects to nothing
+        RedisStore(settings)  # to see if it can read the address: it does not connect
     except Exception:  # not with redis-py's words, which may quote a part of the password
         parser.error("argument --redis-url: REDIS_URL is no address like redis://host:6379/0")
     return settings
@@ -113,7 +111,7 @@ def whole_number(name: str, lowest: int, highest: int, text: str) -> int:
 
 # --- Middleware and handlers ------------------------------------------------------------
 # Every request passes the one middleware. A handler parses, asks the store, answers.
-
+COMMITS = web.AppKey["GroupCommit"]("commits")  # in quotes, as the class comes later
 STARTED = time.monotonic()
 TEST_RUN = web.AppKey("test_run", asyncio.Lock)  # is held by the test run under way
 COUNTED_AS = web.RequestKey("counted_as", str)  # the decoded path with a slash at the end
@@ -122,6 +120,7 @@ Store: TypeAlias = "RedisStore | MemoryStore"
 Rows = list[tuple[str, int]]  # URL and count, most requested first
 Pages = AsyncIterator[Rows]  # of 200 rows at most
 ALL_TIME = ""  # stands where a day like "2026-11-26" could
+PAGE = Path(__file__).resolve().with_name("dashboard.html")
 NOSNIFF = {"X-Content-Type-Options": "nosniff"}
 HEADERS = {**NOSNIFF, "Content-Type": "application/json", "Cache-Control": "no-store"}
 NOT_HERE = "nothing is here: paths that start with /api/ are counted, /stats/ lists them"
@@ -129,7 +128,7 @@ OTHER_SITE = "a page of another site asked for this (in nginx: proxy_set_header 
 REQUESTS = prometheus.Histogram(
     "http_request_duration_seconds", "From arrival to answer", ("method", "route", "code")
 )
-seconds_of = lru_cache(1024)(REQUESTS.labels)  # labels() takes as long as observe()
+histogram_of = lru_cache(1024)(REQUESTS.labels)  # labels() takes as long as observe()
 
 
 class StoreError(Exception):
@@ -141,8 +140,7 @@ async def count_and_guard(request: Request, handler: Handler) -> StreamResponse:
     """Count a request under /api/, answer errors in JSON, note how long it took."""
     began = time.perf_counter()
     try:
-        # As this is the only middleware, handler is the very function of the route.
-        # request.path does not tell: for /api%2Fx, which has no route, it is /api/x, too.
+        # handler is the function of the route itself, as there is no other middleware.
         if handler is api:
             if len(request.path) > 2048:
                 raise web.HTTPRequestURITooLong(text="a path has at most 2,048 characters")
@@ -160,7 +158,7 @@ async def count_and_guard(request: Request, handler: Handler) -> StreamResponse:
         response = answer({"error": "unexpected error: the server's log has it"}, 500)
     method = request.method if request.method in hdrs.METH_ALL else "OTHER"
     route = ROUTE_NAMES.get(handler, "none")  # none: a 404 or 405
-    seconds_of(method, route, response.status).observe(time.perf_counter() - began)
+    histogram_of(method, route, response.status).observe(time.perf_counter() - began)
     return response
 
 
@@ -173,9 +171,9 @@ def answer(data: object, status: int = 200, **more_headers: str) -> Response:
 
 
 async def api(request: Request) -> Response:
-    # Not json.dumps(), which takes longer to find its encoder than to encode one string.
-    url = json_string(request[COUNTED_AS])
-    return Response(body=f'{{"url": {url}}}\n'.encode(), headers=HEADERS)
+    # By hand, which is faster than answer().
+    text = f'{{"url": {json.dumps(request[COUNTED_AS])}}}\n'
+    return Response(body=text.encode(), headers=HEADERS)
 
 
 async def stats(request: Request) -> Response:
@@ -192,8 +190,8 @@ async def stats(request: Request) -> Response:
             headers["X-Total-Count"] = str(urls)
             pages = store.ranked(day, offset, limit)
         first: Rows = await anext(pages, [])
-    # From here on a failure breaks the connection off, for the headers go out. aiohttp reads
-    # the other pages while it sends the list, and none for HEAD.
+    # From here on a failure breaks the connection off, for the headers go out. aiohttp
+    # reads the other pages while it sends the list, and none for HEAD.
     return Response(body=json_list(first, pages), headers=headers)
 
 
@@ -220,15 +218,14 @@ async def json_list(first: Rows, more: Pages) -> AsyncIterator[bytes]:
 
 
 def json_rows(rows: Rows) -> bytes:
-    return ", ".join(
-        f'{{"count": {count}, "url": {json_string(url)}}}' for url, count in rows
-    ).encode()
+    objects = [{"count": count, "url": url} for url, count in rows]
+    return json.dumps(objects)[1:-1].encode()  # without the brackets
 
 
 async def stats_of_url(request: Request) -> Response:
     refuse_unknown(request, "day")
     day = day_asked_for(request)
-    url = request.match_info["url"].removesuffix("/") + "/"
+    url = request.path.removeprefix("/stats").removesuffix("/") + "/"
     with store_for_reading(request) as store:
         found = await store.find(day, url)
     if not found:
@@ -247,6 +244,7 @@ async def start_test_run(request: Request) -> Response:
     n = number(request.match_info, "n", 1, (1, most))
     concurrency = number(request.query, "concurrency", 32, (1, 256))
     seed = number(request.query, "seed", random.getrandbits(30))
+    # No await comes between this and the lock, so no second run can get in.
     if request.app[TEST_RUN].locked():
         raise web.HTTPTooManyRequests(text="wait: a test run is under way")
     segments, urls = random_urls(n, seed)
@@ -260,10 +258,9 @@ async def start_test_run(request: Request) -> Response:
 
 
 def from_another_site(headers: Mapping[str, str]) -> bool:
-    """Whether a page of another site made a browser send this. The rule of Go's net/http."""
-    site = headers.get("Sec-Fetch-Site")
-    if site:
-        return site not in ("same-origin", "none")
+    """Whether a page of another site made a browser send this."""
+    if "Sec-Fetch-Site" in headers:  # browsers send it since 2023
+        return headers["Sec-Fetch-Site"] not in ("same-origin", "none")
     host = headers.get("Host")
     return headers.get("Origin") not in (None, f"http://{host}", f"https://{host}")
 
@@ -293,18 +290,12 @@ async def metrics(request: Request) -> Response:
     return Response(body=prometheus.generate_latest(), headers=headers)
 
 
-PAGE = Path(__file__).resolve().with_name("dashboard.html")
-PAGE_HEADERS = {
-    "Content-Type": "text/html; charset=utf-8",
-    "Cache-Control": "no-cache",
-    "Content-Security-Policy": "frame-ancestors 'none'",
-}
-
-
 async def live_page(request: Request) -> Response:
     if not PAGE.exists():
         return answer({"error": "put dashboard.html beside server.py: it is the live page"}, 404)
-    return Response(body=PAGE.read_bytes(), headers={**NOSNIFF, **PAGE_HEADERS})
+    headers = {**NOSNIFF, "Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache"}
+    headers["Content-Security-Policy"] = "frame-ancestors 'none'"
+    return Response(body=PAGE.read_bytes(), headers=headers)
 
 
 @contextmanager
@@ -322,12 +313,12 @@ def store_for_reading(request: Request) -> Iterator[Store]:
 
 
 def refuse_unknown(request: Request, *known: str) -> None:
-    unknown = request.query.keys() - set(known)
-    if unknown:
-        raise web.HTTPBadRequest(text=f"{min(unknown)!r} is not known: use {', '.join(known)}")
+    for name in request.query:
+        if name not in known:
+            raise web.HTTPBadRequest(text=f"{name!r} is not known: use {', '.join(known)}")
 
 
-def number(given: Mapping[str, str], name: str, default: int, limits: Limits = ANY) -> int:
+def number(given: Mapping[str, str], name: str, default: int, limits: tuple[int, int] = ANY) -> int:
     try:
         return whole_number(name, *limits, given[name]) if name in given else default
     except ArgumentTypeError as error:
@@ -345,17 +336,17 @@ def day_asked_for(request: Request) -> str:
 
 
 async def send_100_continue(request: Request) -> None:
-    """Whatever a client has in its Expect header, let it send its body."""
+    """For any Expect header. aiohttp itself would answer most with a 417 in plain text."""
     if request.version == aiohttp.HttpVersion11:
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
-# Each route stands under its name in /metrics. Nobody reads slash and tail. (?s:.*) is any
-# text, also with a line feed, which a path can have as %0A.
+# Each route stands under its name in /metrics. Of what is in {}, only n is read. (?s:.*)
+# is any text, also with a line feed, which a path can have as %0A.
 ROUTES = {
     "/": web.get("/", live_page),
     "/stats/": web.get("/stats{slash:/?}", stats),
-    "/stats/api/...": web.get("/stats{url:/api/(?s:.*)}", stats_of_url),
+    "/stats/api/...": web.get("/stats/api/{tail:(?s:.*)}", stats_of_url),
     "/test/<n>/": web.post("/test/{n}{slash:/?}", start_test_run),
     "/health": web.get("/health{slash:/?}", health),
     "/metrics": web.get("/metrics{slash:/?}", metrics),
@@ -363,19 +354,17 @@ ROUTES = {
 }
 ROUTE_NAMES = {route.handler: name for name, route in ROUTES.items()}
 for route in ROUTES.values():
-    route.kwargs["expect_handler"] = send_100_continue  # aiohttp's has a 417 in plain text
+    route.kwargs["expect_handler"] = send_100_continue
 
 
 # --- Synthetic traffic ------------------------------------------------------------------
 # POST /test/<n>/ sends real requests to this server.
-
-
 async def send_requests(server: URL, urls: Iterator[str], concurrency: int) -> dict[str, object]:
     """Request all URLs, and report. The workers draw from the one iterator."""
     answers: list[tuple[str, int, float]] = []  # URL, status, ms
     errors = Counter[str]()
 
-    async def work() -> None:  # in the session that is opened below
+    async def work(session: aiohttp.ClientSession) -> None:
         for url in urls:
             sent = time.perf_counter()
             try:
@@ -387,7 +376,7 @@ async def send_requests(server: URL, urls: Iterator[str], concurrency: int) -> d
 
     began = time.perf_counter()
     async with aiohttp.ClientSession(server, connector=aiohttp.TCPConnector(limit=0)) as session:
-        await asyncio.gather(*(work() for _ in range(concurrency)))
+        await asyncio.gather(*(work(session) for _ in range(concurrency)))
     seconds = time.perf_counter() - began
     status = Counter(str(status) for _, status, _ in answers)
     return {
@@ -414,10 +403,8 @@ def summary(ms: list[float]) -> dict[str, float]:
     """Of sorted latencies. Percentiles are nearest-rank: N % took pN or less."""
     if not ms:
         return {}
-    figures = {"min": ms[0], "mean": sum(ms) / len(ms)}
-    for percent in (50, 95, 99):
-        figures[f"p{percent}"] = ms[math.ceil(len(ms) * percent / 100) - 1]
-    figures["max"] = ms[-1]
+    percentiles = {f"p{n}": ms[math.ceil(len(ms) * n / 100) - 1] for n in (50, 95, 99)}
+    figures = {"min": ms[0], "mean": sum(ms) / len(ms), **percentiles, "max": ms[-1]}
     return {name: round(figure, 1) for name, figure in figures.items()}
 
 
@@ -432,11 +419,11 @@ def summary(ms: list[float]) -> dict[str, float]:
 # backlog along: so the backlog gets smaller however high the load is.
 #
 #   connected:   hit -> open_batch -> sent -> in the store, then its request is answered
-#   it fails:           open_batch -> backlog; sent stays, to go again; all are answered
+#   it fails:           open_batch -> backlog; sent stays, to go again. The requests of
+#                       both are answered now: their hits are held, and will be counted
 #   away:        hit -> backlog, and its request is answered at once; backlog -> sent
-
 PATIENCE = 1.0  # seconds that a commit may take while requests wait for it
-LONG_PATIENCE = 8.0  # seconds for an attempt while the store is away: it may be slow
+LONG_PATIENCE = 8.0  # seconds for an attempt to come back: the store may be slow
 TAKEN_ALONG = 128 * 1024  # bytes of the backlog in a batch: 1,000 URLs, 5 ms of Redis
 BACKLOG_BYTES = 64 * 1024**2
 REFUSALS = (redis.ResponseError, redis.AuthenticationError, redis.BusyLoadingError)
@@ -475,10 +462,9 @@ class GroupCommit:
 
     async def hit(self, url: str) -> None:
         """Add a hit. Returns when the store has it or, while that is away, at once."""
-        # While the backlog is full, no URL is added: not to the open batch, either, for that
-        # goes to the backlog if the store fails.
+        # While the backlog is full, only a URL that is held already gets another hit.
         full = self.backlog_bytes >= BACKLOG_BYTES
-        if full and not any(url in hits for hits in (self.open_batch, self.sent, self.backlog)):
+        if full and url not in self.sent and url not in self.backlog:
             raise StoreError("too many URLs wait for Redis: try again later")
         self.pending += 1
         if self.away:
@@ -498,7 +484,8 @@ class GroupCommit:
         while True:
             try:
                 if self.away:
-                    await self.come_back()
+                    async with asyncio.timeout(LONG_PATIENCE):
+                        await self.come_back()
                 await self.wait_for_hits()
                 async with asyncio.timeout(PATIENCE):
                     await self.commit_batch()
@@ -509,21 +496,20 @@ class GroupCommit:
                     await asyncio.sleep(0.1)
 
     async def come_back(self) -> None:
-        """Connect, and commit. After the first quick batch, requests can wait for the store."""
-        async with asyncio.timeout(LONG_PATIENCE):
-            await self.store.connect()
+        """Connect, and commit. After the first quick batch, requests can wait for the store.
+
+        What is still held then goes along with their hits.
+        """
+        await self.store.connect()
         held = self.pending
-        while self.away:
+        quick = False
+        while not quick:
             began = time.monotonic()
-            async with asyncio.timeout(LONG_PATIENCE):
-                await self.commit_batch()
-            if time.monotonic() - began < PATIENCE / 2:
-                log.info(
-                    "counting" if self.state == "starting" else "redis is back",
-                    where=self.store.where,
-                    held=held,
-                )
-                self.state = "connected"
+            await self.commit_batch()
+            quick = time.monotonic() - began < PATIENCE / 2
+        event = "counting" if self.state == "starting" else "redis is back"
+        log.info(event, where=self.store.where, held=held)
+        self.state = "connected"
 
     async def wait_for_hits(self) -> None:
         """For a second at most: then it is time to ask the store how it is."""
@@ -534,7 +520,7 @@ class GroupCommit:
                     await self.wake.wait()
 
     async def commit_batch(self) -> None:
-        """Send a batch, and let its requests be answered. Or ask if the store is there."""
+        """Send a batch, and let its requests be answered. Or see if the store is there."""
         if not self.pending:
             await self.store.ping()
             return
@@ -544,7 +530,7 @@ class GroupCommit:
             self.close_batch()
         with COMMIT_SECONDS.time():
             counted, urls = await self.store.commit(self.sequence, self.sent)
-        self.pending -= self.sent.total()  # also those that the store could not count, and logged
+        self.pending -= self.sent.total()  # what it could not count is in the log
         self.sent = Counter()
         self.release(self.sent_waiters)
         HITS.inc(counted)
@@ -612,29 +598,27 @@ def size_of(url: str) -> int:
     return sys.getsizeof(url) + 80  # bytes that a held URL takes beside Python's string
 
 
-COMMITS = web.AppKey("commits", GroupCommit)
-
-
 # --- Stores -----------------------------------------------------------------------------
 # Redis and memory answer to the same methods. Keys in Redis:
-#   url_count:<url>         the count: the truth, from which the others can be made again
+#   url_count:<url>         the count: url_rank and url_total can be made again from it
 #   url_rank                sorted set of the URLs, scored with the count itself
 #   url_total               the sum of url_rank
 #   url_rank:2026-11-26, url_total:2026-11-26   the same of one UTC day; they expire when
 #                           KEEP_DAYS days have passed since its last hit
 #   url_commit:<instance>   number of the last batch applied for one server, for 24 hours
 #                           (an unconfirmed batch that goes again later could count twice)
-
 OTHER = "(other)"
 LIST_PAGE = 200  # URLs read at a time: so many stay in memory if a client stops reading
 SPOILED = prometheus.Counter("url_keys_refused", "Times that a key could not be increased")
 
-# The first two lines of the script name its KEYS and ARGV. After those come, for each URL,
-# its url_count:<url> in KEYS, and its hits in ARGV. Replies with the hits that were counted,
-# the number of URLs, and pairs: a key that could not be increased, and why.
+# The first two lines of the script name its KEYS and ARGV. After those come, for each URL
+# of the batch, its url_count:<url> in KEYS, and its hits in ARGV. The reply is the hits
+# that were counted, the number of all URLs, and pairs: a key that could not be raised, and
+# why.
 COMMIT = """
 local commit, rank, total, other, day_rank, day_total = unpack(KEYS, 1, 6)
 local sequence, max_urls, keep = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local batch = #KEYS - 6  -- URLs in it
 local counted, for_total, spoiled = 0, 0, {}
 local function add(key, hits)
   local count = redis.pcall('INCRBY', key, hits)
@@ -642,25 +626,24 @@ local function add(key, hits)
   table.insert(spoiled, {key, count.err})
 end
 
--- Redis does not undo a script that fails half-way. So what it may refuse (no right, no
--- memory, a wrong type, a read-only replica), it must refuse before the number is noted.
--- For this the next lines run each command that comes later, so that no count changes:
--- INCRBY of 0, and ZADD with XX, which adds no member.
+-- A rehearsal, as Redis does not undo a script that fails half-way: each command that
+-- comes later runs here once, so that it changes no count. What Redis may refuse (no right,
+-- no memory, a wrong type, a read-only replica), it refuses before the number is noted.
 local seen = redis.call('INCRBY', commit, 0)
 redis.call('EXPIRE', commit, 24 * 60 * 60)
 redis.call('EXISTS', other)
-redis.call('ZADD', rank, 'XX', 'INCR', 0, '')
+redis.call('ZADD', rank, 'XX', 'INCR', 0, '')  -- XX adds no member
 if keep > 0 then redis.call('ZADD', day_rank, 'XX', 'INCR', 0, '') end
 local urls = redis.call('ZCARD', rank)
 
--- This batch was counted before, but its reply was lost. So nothing is counted, and only
--- the reply is made again, for the metric and the log. A URL that has no key was counted
--- under (other). One whose key INCRBY refuses was refused, and add() reports it again.
--- All others were counted.
+-- If this batch was counted before, only its reply was lost, and is made again here. A
+-- URL that has no key was counted under (other). A key that could not be raised cannot be
+-- raised by 0, either, and add() reports it again. All others were counted.
 if sequence <= seen then
-  for i = 7, #KEYS do
-    local went_to_other = redis.call('EXISTS', KEYS[i]) == 0
-    if went_to_other or add(KEYS[i], 0) then counted = counted + tonumber(ARGV[i - 3]) end
+  for i = 1, batch do
+    local key, hits = KEYS[6 + i], tonumber(ARGV[3 + i])
+    local no_key = redis.call('EXISTS', key) == 0
+    if no_key or add(key, 0) then counted = counted + hits end
   end
   return {counted, urls, spoiled}
 end
@@ -668,21 +651,23 @@ end
 -- Note the number, by the command that was tried. From here on nothing fails, as add()
 -- never does.
 redis.call('INCRBY', commit, sequence - seen)
-local near_the_cap = urls + #KEYS > max_urls  -- only then it matters whether a URL is new
-for i = 7, #KEYS do
-  local key, hits = KEYS[i], tonumber(ARGV[i - 3])
+local near_the_cap = urls + batch > max_urls  -- only then it matters whether a URL is new
+for i = 1, batch do
+  local key, hits = KEYS[6 + i], tonumber(ARGV[3 + i])
   if near_the_cap and redis.call('EXISTS', key) == 0 then
     if urls < max_urls then urls = urls + 1 else key = other end
   end
   local count = add(key, hits)
   if count then
-    local url = key:sub(#'url_count:' + 1)
-    -- The list gets the count itself, so that the two cannot drift apart. A URL that is new
-    -- to the list can have an older count, for an early version of this program had no list.
-    -- Then the total, which is the sum of the list, gets the whole count.
-    local is_new = redis.call('ZADD', rank, count, url) == 1
-    for_total = for_total + (is_new and count or hits)
     counted = counted + hits
+    local url = key:sub(#'url_count:' + 1)
+    -- The list gets the count itself, so that the two cannot drift apart.
+    local new_in_list = redis.call('ZADD', rank, count, url) == 1
+    -- The total is the sum of the list. A URL can be older than the list, which an early
+    -- version did not have: then all its hits are new to the total.
+    local to_add = hits
+    if new_in_list then to_add = count end
+    for_total = for_total + to_add
     if keep > 0 then redis.call('ZADD', day_rank, 'INCR', hits, url) end
   end
 end
@@ -698,21 +683,16 @@ return {counted, redis.call('ZCARD', rank), spoiled}
 
 def address_of(url: str) -> dict[str, Any]:
     """Where Redis is, in options of redis-py. Others, such as time-outs, are left out."""
-    # Refuse a password in which @ / ? # are not quoted: redis-py could take a piece of it
-    # for the host, and the host is shown.
-    if not re.fullmatch(r"\w+://([^@/?#]*@)?[^@?#]*(\?[^@#]*)?", url):
+    # Of redis://:12/34@host redis-py takes 12, a part of the password, for the port, and
+    # the log would show it. So no @ may come after one of / ? #.
+    if re.search("(?s)://.*[/?#].*@", url):
         raise ValueError
-    options = parse_url(url).items()
-    known = (
-        "connection_class|host|port|path|db|username|password"
-        "|ssl_(ca_certs|certfile|keyfile|cert_reqs|check_hostname)"
-    )
-    return {name: value for name, value in options if re.fullmatch(known, name)}
+    known = "connection_class|host|port|path|db|username|password"
+    known += "|ssl_(ca_certs|certfile|keyfile|cert_reqs|check_hostname)"
+    return {name: value for name, value in parse_url(url).items() if re.fullmatch(known, name)}
 
 
 class RedisStore:
-    """Counts in Redis."""
-
     def __init__(self, settings: Namespace) -> None:
         """Connects to nothing. Raises any exception if REDIS_URL is no good."""
         self.settings = settings
@@ -723,15 +703,16 @@ class RedisStore:
         # Commits have a connection outside the pool, so that readers cannot hold them up.
         # It needs no lock, as only GroupCommit's task uses it, for one command at a time,
         # and no time-out, as that task has one. This is how redis-py's Connection works:
-        # send_packed_command() connects if need be, and sends once. If it or read_response()
-        # fails or is cancelled, the connection is closed. So a late reply is never taken for
-        # that of the next command.
+        # send_packed_command() connects if need be, and sends once. If it or
+        # read_response() fails or is cancelled, the connection is closed. So a late reply is
+        # never taken for that of the next command.
         self.writer = writer = kind(socket_timeout=None, **address)
         self.where = address.get("path") or f"{writer.host}:{writer.port}/{writer.db}"
         reading = {**address, "socket_timeout": 1, "socket_connect_timeout": 1}
+        reading["encoding_errors"] = "surrogateescape"  # as in commit()
         # Firewalls forget idle connections. So after any error redis-py tries once more.
         reading["retry_on_error"] = [Exception]
-        # A reader waits 5 s at most for one of the 16. Lists use 8, so others get through.
+        # A reader waits 5 s at most for one of 16. Lists use 8, so others get through.
         self.pool = BlockingConnectionPool(16, timeout=5, connection_class=kind, **reading)
         self.redis: Any = redis.asyncio.Redis.from_pool(self.pool)
         self.list_slots = asyncio.Semaphore(8)
@@ -745,8 +726,8 @@ class RedisStore:
         """Connect to where the address leads now, and see if Redis takes commits."""
         await self.writer.disconnect(nowait=True)
         await self.pool.disconnect(inuse_connections=False)
-        # First a command of few words: if a password is missing, Redis says so. To one of
-        # many words it says "Protocol error".
+        # This connects. If a password is missing, Redis says so, but only to a command of
+        # few words: to the next one it would say "Protocol error".
         await self.ping()
         # Number 0 is never new: the script only tries its commands, and counts nothing.
         _, urls = await self.commit(0, {})
@@ -766,10 +747,11 @@ class RedisStore:
         day = utc_day()
         keys = [f"url_commit:{self.instance}", "url_rank", "url_total", f"url_count:{OTHER}"]
         keys += [f"url_rank:{day}", f"url_total:{day}", *(f"url_count:{url}" for url in hits)]
-        limits = [self.settings.max_urls, self.settings.keep_days * 86_400]
-        counted, urls, spoiled = await self.call(
-            "EVAL", COMMIT, len(keys), *map(as_bytes, keys), sequence, *limits, *hits.values()
-        )
+        keep = self.settings.keep_days * 86_400
+        # Without aiohttp's C parser, bytes of a path that are no UTF-8 come as surrogates.
+        names = [key.encode(errors="surrogateescape") for key in keys]
+        numbers = [sequence, self.settings.max_urls, keep, *hits.values()]
+        counted, urls, spoiled = await self.call("EVAL", COMMIT, len(keys), *names, *numbers)
         for key, error in spoiled:
             SPOILED.inc()
             log_once("cannot count", key=key.decode(errors="replace"), error=error.decode())
@@ -783,15 +765,14 @@ class RedisStore:
     async def find(self, day: str, url: str) -> tuple[int, int] | None:
         """Count and rank of a URL. The most requested one has rank 1."""
         key = of_day("url_rank", day)
-        member = as_bytes(url)
-        count = await self.redis.zscore(key, member)
-        ahead = await self.redis.zrevrank(key, member)
+        count = await self.redis.zscore(key, url)
+        ahead = await self.redis.zrevrank(key, url)
         if count is None or ahead is None:  # a day can expire between the two
             return None
         return int(count), ahead + 1
 
     async def ranked(self, day: str, offset: int, limit: int) -> Pages:
-        """Most requested first, equal counts by descending URL: the order of ZREVRANGE."""
+        """Most requested first, equal counts by descending URL: as ZREVRANGE has it."""
         key = of_day("url_rank", day)
         for start in range(offset, offset + limit, LIST_PAGE):
             last = min(start + LIST_PAGE, offset + limit) - 1
@@ -802,14 +783,12 @@ class RedisStore:
             yield [(url.decode(errors="replace"), int(count)) for url, count in found]
 
     async def close(self) -> None:
-        await self.writer.disconnect(nowait=True)  # a Redis that hangs must not hold this up
+        await self.writer.disconnect(nowait=True)  # at once, even if Redis hangs
         with suppress(redis.RedisError):
             await self.redis.aclose()
 
 
 class MemoryStore:
-    """The same methods on dictionaries."""
-
     where = "memory"
     instance = ""
 
@@ -817,7 +796,7 @@ class MemoryStore:
         self.settings = settings
         self.counts: dict[str, Counter[str]] = {ALL_TIME: Counter()}  # and of each day
 
-    async def connect(self) -> None: ...
+    async def connect(self) -> None: ...  # nothing to do, nor in the other two
 
     ping = close = connect
 
@@ -830,7 +809,7 @@ class MemoryStore:
             counts[url] += n
             today[url] += n
         for day in self.counts.keys() - {ALL_TIME}:
-            if day <= utc_day(ago=self.settings.keep_days):  # by date, not by the last hit
+            if day <= utc_day(ago=self.settings.keep_days):  # not by its last hit
                 del self.counts[day]
         return sum(hits.values()), len(counts)
 
@@ -856,11 +835,6 @@ def of_day(key: str, day: str) -> str:
     return f"{key}:{day}" if day else key
 
 
-def as_bytes(text: str) -> bytes:
-    # Where aiohttp has no C parser, bytes of a path that are no UTF-8 come as surrogates.
-    return text.encode(errors="surrogateescape")
-
-
 def utc_day(ago: int = 0) -> str:
     return str(datetime.now(UTC).date() - timedelta(days=ago))
 
@@ -868,13 +842,11 @@ def utc_day(ago: int = 0) -> str:
 # --- Start and stop ---------------------------------------------------------------------
 # The first request is let in when the store has opened, or a second later. The store
 # closes when all requests are answered and GroupCommit has committed their hits.
-
-
-async def group_commit(settings: Namespace, app: web.Application) -> AsyncIterator[None]:
+async def open_store(settings: Namespace, app: web.Application) -> AsyncIterator[None]:
     """The life of the store and of GroupCommit, around that of the application."""
     store: Store = RedisStore(settings)
     try:
-        if not settings.redis_url:  # see if the local Redis can be used, else it is memory
+        if not settings.redis_url:  # the local Redis, if it can be used, else memory
             await asyncio.wait_for(store.connect(), 1)
     except Exception as error:  # whatever it is that answers there
         await store.close()
@@ -903,7 +875,7 @@ def create_app(settings: Namespace) -> web.Application:
     app = web.Application(middlewares=[count_and_guard])
     app[TEST_RUN] = asyncio.Lock()
     app.add_routes(ROUTES.values())
-    app.cleanup_ctx.append(partial(group_commit, settings))
+    app.cleanup_ctx.append(partial(open_store, settings))
     return app
 
 
@@ -913,8 +885,8 @@ async def serve(settings: Namespace, listener: socket.socket) -> None:
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             asyncio.get_running_loop().add_signal_handler(signum, stop.set)
-    # More than aiohttp's 8 kB and 128. Not much more, as 64 kB of slashes keep its router busy
-    # for 284 ms, and headers that have no end are held in memory.
+    # More than aiohttp's 8 kB and 128. Not much more, as 64 kB of slashes keep its router
+    # busy for 284 ms, and headers that have no end are held in memory.
     options = dict[str, Any](max_line_size=16_384, max_field_size=16_384, max_headers=256)
     options["access_log"] = None  # it would cost as much as counting does
     options["auto_decompress"] = False  # nobody reads a body, so none is inflated
@@ -926,14 +898,14 @@ async def serve(settings: Namespace, listener: socket.socket) -> None:
     log.info("started", page=site.name)
     await stop.wait()
     await runner.cleanup()
-    # All is saved. Python would still wait for threads, such as one that asks a name server.
+    # All is saved. Python would still wait for a thread that asks a name server.
     os._exit(0)
 
 
 def prepare_process() -> None:
     """Streams, files, and the log: for people on a terminal, else in lines of JSON."""
     # If a standard stream is closed, a socket would get its number, and libuv would abort
-    # at the end. So /dev/null is opened until it gets a number after theirs.
+    # at the end. So /dev/null is opened until 0, 1 and 2 are taken.
     while os.open(os.devnull, os.O_RDWR) < 3:
         pass
     os.set_blocking(2, True)  # or a slow reader of the log makes it lose lines
@@ -954,10 +926,9 @@ def main() -> None:
     prepare_process()
     ipv6 = ":" in settings.host
     family = socket.AF_INET6 if ipv6 else socket.AF_INET
+    address = (settings.host, settings.port)
     try:
-        listener = socket.create_server(
-            (settings.host, settings.port), family=family, dualstack_ipv6=ipv6
-        )
+        listener = socket.create_server(address, family=family, dualstack_ipv6=ipv6)
     except (OSError, ValueError) as error:  # ValueError: a name too long, or no IPv6 here
         sys.exit(f"server.py: cannot listen on PORT {settings.port} of HOST: {error}")
     uvloop.run(serve(settings, listener))

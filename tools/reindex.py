@@ -89,8 +89,9 @@ def index(client: redis.Redis, keys: list[bytes]) -> list[bytes]:
 
 def connect(url: str) -> redis.Redis:
     """A client for the address in url. Raises what redis-py likes if that is no good."""
-    # In a password @ / ? # must be quoted, or a piece of it can pass for the host, which is shown.
-    if not re.fullmatch(r"\w+://([^@/?#]*@)?[^@?#]*(\?[^@#]*)?", url):
+    # An @ after one of / ? # is the end of a password that has it unquoted. redis-py would take
+    # the beginning of that for the host, which is shown.
+    if re.search("(?s)://.*[/?#].*@", url):
         raise ValueError
     said: dict[str, Any] = parse_url(url)  # type: ignore[no-untyped-call]
     options = {name: said[name] for name in PLACE + TLS if name in said}
