@@ -17,8 +17,9 @@
 
 A request counts once, under its decoded path with a slash at the end. Its answer means
 that the hit is in Redis or, while Redis is away, held in memory (64 MB of URLs) until it
-is back. Its day is that on which Redis gets it. A key of Redis that holds no number is
-logged, and its URL does not count. Errors: {"error": "what is wrong"}.
+is back. Its day is that on which Redis gets it. If something else than a number stands
+in Redis where a count should be, the log says so, and hits of that URL do not count.
+Errors are JSON: {"error": "what is wrong"}.
 """
 
 import asyncio
@@ -52,7 +53,7 @@ from aiohttp.typedefs import Handler
 from aiohttp.web import Request, Response, StreamResponse
 from hiredis import pack_command
 from redis.asyncio.connection import BlockingConnectionPool, Connection, parse_url
-from structlog import processors as steps
+from structlog import processors
 from yarl import URL
 
 __version__ = "2.0.0"
@@ -68,7 +69,7 @@ def log_once(event: str, **facts: str) -> None:
 # --- Settings ---------------------------------------------------------------------------
 # main() reads them once. Other programs give create_app() what read_settings([]) returns.
 LOCAL_REDIS = "redis://localhost:6379/0"
-NO_LIMIT = 10**15  # Lua counts exactly up to nine times as many
+NO_LIMIT = 10**15  # the numbers of Redis's Lua are exact up to nine times this
 ANY = (0, NO_LIMIT)
 OPTIONS = [  # variable, default, lowest and highest number, what --help says of it
     ("HOST", "127.0.0.1", None, "0.0.0.0 listens to the network, :: by IPv6, too"),
@@ -82,11 +83,12 @@ OPTIONS = [  # variable, default, lowest and highest number, what --help says of
 
 def read_settings(arguments: list[str]) -> Namespace:
     """From flags, else the environment, else the defaults. A bad value exits with 2."""
+    # Without a usage text an error is one line.
     parser = ArgumentParser("server.py", usage=SUPPRESS, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=__version__)
     for variable, default, limits, meaning in OPTIONS:
         flag = "--" + variable.lower().replace("_", "-")
-        given = os.environ.get(variable) or default  # argparse checks text here, too
+        given = os.environ.get(variable) or default  # argparse checks it like a flag
         kind = partial(whole_number, variable, *limits) if limits else str
         parser.add_argument(flag, default=given, type=kind, help=f"{default or 'unset'}; {meaning}")
     settings, unknown = parser.parse_known_args(arguments)
@@ -94,7 +96,7 @@ def read_settings(arguments: list[str]) -> Namespace:
         names = [word for word in unknown if re.fullmatch("--[a-z_-]+", word)]
         parser.error(f"not known: {', '.join(names) or 'an argument'}; see --help")
     try:
-        RedisStore(settings)  # to see if it can read the address: it does not connect
+        RedisStore(settings)  # to see if redis-py takes the address: it does not connect
     except Exception:  # not with redis-py's words, which may quote a part of the password
         parser.error("argument --redis-url: REDIS_URL is no address like redis://host:6379/0")
     return settings
@@ -110,16 +112,17 @@ def whole_number(name: str, lowest: int, highest: int, text: str) -> int:
 
 
 # --- Middleware and handlers ------------------------------------------------------------
-# Every request passes the one middleware. A handler parses, asks the store, answers.
-COMMITS = web.AppKey["GroupCommit"]("commits")  # in quotes, as the class comes later
+# The one middleware counts. A handler parses, asks the store, answers.
+SETTINGS = web.AppKey("settings", Namespace)
+COMMITS: "web.AppKey[GroupCommit]" = web.AppKey("commits")
 STARTED = time.monotonic()
 TEST_RUN = web.AppKey("test_run", asyncio.Lock)  # is held by the test run under way
-COUNTED_AS = web.RequestKey("counted_as", str)  # the decoded path with a slash at the end
+COUNTED_AS = web.RequestKey("counted_as", str)  # like an AppKey, but of one request
 
 Store: TypeAlias = "RedisStore | MemoryStore"
 Rows = list[tuple[str, int]]  # URL and count, most requested first
 Pages = AsyncIterator[Rows]  # of 200 rows at most
-ALL_TIME = ""  # stands where a day like "2026-11-26" could
+ALL_TIME = ""  # instead of a day like "2026-11-26"
 PAGE = Path(__file__).resolve().with_name("dashboard.html")
 NOSNIFF = {"X-Content-Type-Options": "nosniff"}
 HEADERS = {**NOSNIFF, "Content-Type": "application/json", "Cache-Control": "no-store"}
@@ -140,7 +143,7 @@ async def count_and_guard(request: Request, handler: Handler) -> StreamResponse:
     """Count a request under /api/, answer errors in JSON, note how long it took."""
     began = time.perf_counter()
     try:
-        # handler is the function of the route itself, as there is no other middleware.
+        # As there is no other middleware, handler is the route's function itself.
         if handler is api:
             if len(request.path) > 2048:
                 raise web.HTTPRequestURITooLong(text="a path has at most 2,048 characters")
@@ -165,9 +168,9 @@ async def count_and_guard(request: Request, handler: Handler) -> StreamResponse:
 def answer(data: object, status: int = 200, **more_headers: str) -> Response:
     if status in (429, 503):
         more_headers["Retry-After"] = "1"
-    text = json.dumps(data) + "\n"
-    # HEADERS come last: those of an aiohttp exception say that it is plain text.
-    return Response(body=text.encode(), status=status, headers={**more_headers, **HEADERS})
+    # HEADERS come last, because those of an aiohttp exception say that it is plain text.
+    headers = {**more_headers, **HEADERS}
+    return Response(body=json.dumps(data).encode() + b"\n", status=status, headers=headers)
 
 
 async def api(request: Request) -> Response:
@@ -183,43 +186,43 @@ async def stats(request: Request) -> Response:
     day = day_asked_for(request)
     with store_for_reading(request) as store:
         hits, urls = await store.totals(day)
-        headers = {**HEADERS, "X-Total-Hits": str(hits)}
-        if request.query.get("contains"):
-            pages = matching(request, store.ranked(day, 0, NO_LIMIT), offset, limit)
-        else:
-            headers["X-Total-Count"] = str(urls)
-            pages = store.ranked(day, offset, limit)
-        first: Rows = await anext(pages, [])
-    # From here on a failure breaks the connection off, for the headers go out. aiohttp
-    # reads the other pages while it sends the list, and none for HEAD.
-    return Response(body=json_list(first, pages), headers=headers)
+    headers = {**HEADERS, "X-Total-Hits": str(hits)}
+    if request.query.get("contains"):
+        pages = matching(request, store.ranked(day, 0, NO_LIMIT), offset, limit)
+    else:
+        headers["X-Total-Count"] = str(urls)
+        pages = store.ranked(day, offset, limit)
+    # No page is read yet: pages is a generator, and aiohttp draws from it while it sends.
+    return Response(body=json_list(pages), headers=headers)
 
 
-async def matching(request: Request, pages: Pages, offset: int, limit: int) -> Pages:
-    """Of the rows whose URL has the text, in any case, skip some and pass on some."""
+async def matching(request: Request, pages: Pages, to_skip: int, to_pass: int) -> Pages:
+    """Of the rows whose URL has the text, upper or lower case, skip some, pass some on."""
     wanted = request.query["contains"].casefold()
     async for rows in pages:
-        found = [(url, count) for url, count in rows if wanted in url.casefold()]
-        passed = found[offset : offset + limit]
+        found = [row for row in rows if wanted in row[0].casefold()]
+        passed = found[to_skip : to_skip + to_pass]
         if passed:
             yield passed
-        offset = max(0, offset - len(found))
-        limit -= len(passed)
-        if not limit or request.transport is None:  # None: the client has gone
+        to_skip = max(0, to_skip - len(found))
+        to_pass -= len(passed)
+        if not to_pass or request.transport is None:  # None: the client has gone
             return
 
 
-async def json_list(first: Rows, more: Pages) -> AsyncIterator[bytes]:
-    """The list, a page at a time. If this raises, aiohttp breaks the connection off."""
-    yield b"[" + json_rows(first)
-    async for rows in more:
-        yield b", " + json_rows(rows)
+async def json_list(pages: Pages) -> AsyncIterator[bytes]:
+    """If a page cannot be read, aiohttp breaks the connection off: the status is sent."""
+    yield b"["
+    comma = ""
+    try:
+        async for rows in pages:
+            objects = [{"count": count, "url": url} for url, count in rows]
+            yield f"{comma}{json.dumps(objects)[1:-1]}".encode()  # [1:-1]: without brackets
+            comma = ", "
+    except Exception as error:
+        log.error("a list is broken off", error=str(error))
+        raise
     yield b"]\n"
-
-
-def json_rows(rows: Rows) -> bytes:
-    objects = [{"count": count, "url": url} for url, count in rows]
-    return json.dumps(objects)[1:-1].encode()  # without the brackets
 
 
 async def stats_of_url(request: Request) -> Response:
@@ -236,7 +239,7 @@ async def stats_of_url(request: Request) -> Response:
 
 async def start_test_run(request: Request) -> Response:
     refuse_unknown(request, "seed", "concurrency")
-    most = request.app[COMMITS].store.settings.max_test_requests
+    most = request.app[SETTINGS].max_test_requests
     if not most:
         raise web.HTTPForbidden(text="test runs are off: MAX_TEST_REQUESTS is 0")
     if from_another_site(request.headers):
@@ -244,11 +247,11 @@ async def start_test_run(request: Request) -> Response:
     n = number(request.match_info, "n", 1, (1, most))
     concurrency = number(request.query, "concurrency", 32, (1, 256))
     seed = number(request.query, "seed", random.getrandbits(30))
-    # No await comes between this and the lock, so no second run can get in.
+    # The lock, if it is free, is taken without a wait. So no other run can come between.
     if request.app[TEST_RUN].locked():
         raise web.HTTPTooManyRequests(text="wait: a test run is under way")
     segments, urls = random_urls(n, seed)
-    # The socket that this came by: a Host header could aim the run at somebody else.
+    # Our end of this very connection: a Host header could aim the run at somebody else.
     host, port, *_ = request.get_extra_info("sockname")
     server = URL.build(scheme="http", host=host, port=port)
     async with request.app[TEST_RUN]:
@@ -266,6 +269,7 @@ def from_another_site(headers: Mapping[str, str]) -> bool:
 
 
 async def health(request: Request) -> Response:
+    settings = request.app[SETTINGS]
     commits = request.app[COMMITS]
     report: dict[str, object] = {
         "status": "healthy",
@@ -273,8 +277,8 @@ async def health(request: Request) -> Response:
         "pending": commits.pending,
         "uptime_s": round(time.monotonic() - STARTED, 1),
         "version": __version__,
-        "keep_days": commits.store.settings.keep_days,
-        "max_test_requests": commits.store.settings.max_test_requests,
+        "keep_days": settings.keep_days,
+        "max_test_requests": settings.max_test_requests,
     }
     try:
         with store_for_reading(request) as store:
@@ -293,8 +297,11 @@ async def metrics(request: Request) -> Response:
 async def live_page(request: Request) -> Response:
     if not PAGE.exists():
         return answer({"error": "put dashboard.html beside server.py: it is the live page"}, 404)
-    headers = {**NOSNIFF, "Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache"}
-    headers["Content-Security-Policy"] = "frame-ancestors 'none'"
+    headers = NOSNIFF | {
+        "Content-Type": "text/html; charset=utf-8",
+        "Cache-Control": "no-cache",
+        "Content-Security-Policy": "frame-ancestors 'none'",
+    }
     return Response(body=PAGE.read_bytes(), headers=headers)
 
 
@@ -306,8 +313,8 @@ def store_for_reading(request: Request) -> Iterator[Store]:
         raise StoreError(commits.reason)
     try:
         yield commits.store
-    # RuntimeError: uvloop's, of a closed connection. The last two: int() of a count that
-    # something else has put there, such as "many" or infinity.
+    # A TimeoutError is an OSError, too. RuntimeError is uvloop's, of a closed connection.
+    # ValueError and OverflowError are of int(), if "many" or infinity stands in Redis.
     except (redis.RedisError, OSError, RuntimeError, ValueError, OverflowError) as error:
         raise StoreError(f"Redis: {error}") from error
 
@@ -329,20 +336,23 @@ def day_asked_for(request: Request) -> str:
     """A UTC day, as in 2026-11-26; without a ?day= it is ALL_TIME."""
     day = request.query.get("day", ALL_TIME)
     day = {"today": utc_day(), "yesterday": utc_day(ago=1)}.get(day, day)
-    with suppress(ValueError):
-        if day == ALL_TIME or str(date.fromisoformat(day)) == day:  # not 20261126
-            return day
-    raise web.HTTPBadRequest(text=f"day is {day!r}: use today, yesterday or 2026-11-26")
+    try:
+        known = day == ALL_TIME or str(date.fromisoformat(day)) == day  # not 20261126
+    except ValueError:
+        known = False
+    if not known:
+        raise web.HTTPBadRequest(text=f"day is {day!r}: use today, yesterday or 2026-11-26")
+    return day
 
 
 async def send_100_continue(request: Request) -> None:
-    """For any Expect header. aiohttp itself would answer most with a 417 in plain text."""
+    """To any Expect header. aiohttp would answer some with 417, in plain text."""
     if request.version == aiohttp.HttpVersion11:
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
-# Each route stands under its name in /metrics. Of what is in {}, only n is read. (?s:.*)
-# is any text, also with a line feed, which a path can have as %0A.
+# Each route stands under its name in /metrics. {slash:/?} is an optional slash, (?s:.*)
+# any text, also with a line feed, which a path can have as %0A.
 ROUTES = {
     "/": web.get("/", live_page),
     "/stats/": web.get("/stats{slash:/?}", stats),
@@ -353,7 +363,7 @@ ROUTES = {
     "/api/...": web.route("*", "/api/{tail:(?s:.*)}", api),
 }
 ROUTE_NAMES = {route.handler: name for name, route in ROUTES.items()}
-for route in ROUTES.values():
+for route in ROUTES.values():  # kwargs is what add_routes() will pass on to add_route()
     route.kwargs["expect_handler"] = send_100_continue
 
 
@@ -378,7 +388,7 @@ async def send_requests(server: URL, urls: Iterator[str], concurrency: int) -> d
     async with aiohttp.ClientSession(server, connector=aiohttp.TCPConnector(limit=0)) as session:
         await asyncio.gather(*(work(session) for _ in range(concurrency)))
     seconds = time.perf_counter() - began
-    status = Counter(str(status) for _, status, _ in answers)
+    status = Counter(str(code) for _, code, _ in answers)
     return {
         "ok": status["200"],
         "failed": len(answers) + errors.total() - status["200"],
@@ -400,11 +410,13 @@ def random_urls(n: int, seed: int) -> tuple[list[str], Iterator[str]]:
 
 
 def summary(ms: list[float]) -> dict[str, float]:
-    """Of sorted latencies. Percentiles are nearest-rank: N % took pN or less."""
+    """Figures of sorted latencies. Percentiles are nearest-rank: 95 % took p95 at most."""
     if not ms:
         return {}
-    percentiles = {f"p{n}": ms[math.ceil(len(ms) * n / 100) - 1] for n in (50, 95, 99)}
-    figures = {"min": ms[0], "mean": sum(ms) / len(ms), **percentiles, "max": ms[-1]}
+    figures = {"min": ms[0], "mean": sum(ms) / len(ms)}
+    for percent in (50, 95, 99):
+        figures[f"p{percent}"] = ms[math.ceil(len(ms) * percent / 100) - 1]
+    figures["max"] = ms[-1]
     return {name: round(figure, 1) for name, figure in figures.items()}
 
 
@@ -417,15 +429,11 @@ def summary(ms: list[float]) -> dict[str, float]:
 #   A store that fails, or is too slow, is away. Then hits are held in a backlog, and no
 # request waits. When it is back, requests wait again, and each batch takes 128 kB of the
 # backlog along: so the backlog gets smaller however high the load is.
-#
-#   connected:   hit -> open_batch -> sent -> in the store, then its request is answered
-#   it fails:           open_batch -> backlog; sent stays, to go again. The requests of
-#                       both are answered now: their hits are held, and will be counted
-#   away:        hit -> backlog, and its request is answered at once; backlog -> sent
 PATIENCE = 1.0  # seconds that a commit may take while requests wait for it
-LONG_PATIENCE = 8.0  # seconds for an attempt to come back: the store may be slow
-TAKEN_ALONG = 128 * 1024  # bytes of the backlog in a batch: 1,000 URLs, 5 ms of Redis
+LONG_PATIENCE = 8.0  # seconds for an attempt to use a store that is away: it may be slow
+TAKEN_ALONG = 128 * 1024  # bytes of the backlog in a batch: about 800 URLs, 5 ms of Redis
 BACKLOG_BYTES = 64 * 1024**2
+# With these Redis is there, but says no. Hits are held all the same.
 REFUSALS = (redis.ResponseError, redis.AuthenticationError, redis.BusyLoadingError)
 
 HITS = prometheus.Counter("url_hits", "Hits that the store has counted")
@@ -436,23 +444,31 @@ COMMIT_SECONDS = prometheus.Histogram("url_commit_seconds", "Time that a commit 
 
 
 class GroupCommit:
-    """Counts every hit in a store exactly once, or logs why it cannot."""
+    """Counts every hit in a store exactly once, or logs why it cannot.
+
+    A hit that the store has not confirmed is in one of three places, each {url: hits}:
+
+      open_batch   goes to the store next. The requests of these hits wait.
+      sent         is on its way: the store may have it or not. These requests wait, too.
+      backlog      is held until the store is back. No request waits for these hits.
+
+    When the store fails, the open batch goes to the backlog, and sent is kept, to be sent
+    again. Then all hits are held, and so all requests are answered.
+    """
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        # A hit is in one of these three, each {url: hits}.
-        self.open_batch = Counter[str]()  # is filled by requests, which wait
-        self.sent = Counter[str]()  # is on its way: the store may have it or not
-        self.backlog = Counter[str]()  # is held: no request waits for it
+        self.open_batch = Counter[str]()
+        self.sent = Counter[str]()
+        self.backlog = Counter[str]()
         self.backlog_bytes = 0
         self.pending = 0  # hits in all three
         self.open_waiters: list[asyncio.Future[None]] = []  # requests of the open batch
         self.sent_waiters: list[asyncio.Future[None]] = []  # requests of what was sent
         self.wake = asyncio.Event()  # there is a hit to commit
         self.sequence = 0  # number of the last batch
-        # When it is not connected, the store is away: starting, disconnected or refuses.
-        self.state = "starting"
-        self.reason = "no answer yet"  # why it is away
+        self.state = "starting"  # then "connected", "disconnected" or "refuses"
+        self.reason = "no answer yet"  # why the store is away
         PENDING.set_function(lambda: self.pending)
         UP.set_function(lambda: not self.away)
 
@@ -462,7 +478,8 @@ class GroupCommit:
 
     async def hit(self, url: str) -> None:
         """Add a hit. Returns when the store has it or, while that is away, at once."""
-        # While the backlog is full, only a URL that is held already gets another hit.
+        # While the backlog is full, a URL is refused, unless hits of it are held: in the
+        # backlog, or in sent. (A hit of the latter adds the URL, so the bound is not exact.)
         full = self.backlog_bytes >= BACKLOG_BYTES
         if full and url not in self.sent and url not in self.backlog:
             raise StoreError("too many URLs wait for Redis: try again later")
@@ -471,7 +488,7 @@ class GroupCommit:
             if url not in self.backlog:
                 self.backlog_bytes += size_of(url)
             self.backlog[url] += 1
-            return
+            return  # run() does not wait for hits now, and needs no wake
         self.open_batch[url] += 1
         # Each request has its own, so that one that is cancelled does not cancel others.
         waiter: asyncio.Future[None] = asyncio.Future()
@@ -486,9 +503,10 @@ class GroupCommit:
                 if self.away:
                     async with asyncio.timeout(LONG_PATIENCE):
                         await self.come_back()
-                await self.wait_for_hits()
-                async with asyncio.timeout(PATIENCE):
-                    await self.commit_batch()
+                else:
+                    await self.wait_for_hits()
+                    async with asyncio.timeout(PATIENCE):
+                        await self.commit_batch()
             except Exception as error:  # whatever it is, no hit may be lost
                 was_away = self.away
                 self.hold(error)
@@ -496,9 +514,9 @@ class GroupCommit:
                     await asyncio.sleep(0.1)
 
     async def come_back(self) -> None:
-        """Connect, and commit. After the first quick batch, requests can wait for the store.
+        """Connect, and commit until a batch is quick. Then requests can wait for the store.
 
-        What is still held then goes along with their hits.
+        What is left of the backlog by then goes along with later batches.
         """
         await self.store.connect()
         held = self.pending
@@ -512,7 +530,7 @@ class GroupCommit:
         self.state = "connected"
 
     async def wait_for_hits(self) -> None:
-        """For a second at most: then it is time to ask the store how it is."""
+        """Wait a second at most. Without hits, commit_batch() sees if the store is there."""
         if not self.pending:
             self.wake.clear()
             with suppress(TimeoutError):
@@ -520,12 +538,12 @@ class GroupCommit:
                     await self.wake.wait()
 
     async def commit_batch(self) -> None:
-        """Send a batch, and let its requests be answered. Or see if the store is there."""
+        """Send a batch, and let its requests be answered. Without hits, only ping."""
         if not self.pending:
             await self.store.ping()
             return
-        # A batch that was not confirmed goes again, under the number that it had. By the
-        # number the store can tell, and counts it once.
+        # A batch that was not confirmed is sent again, under the number that it had. By this
+        # number the store knows a batch that it has counted, and counts it only once.
         if not self.sent:
             self.close_batch()
         with COMMIT_SECONDS.time():
@@ -545,11 +563,12 @@ class GroupCommit:
         self.open_batch = Counter()
         self.open_waiters = []
         self.sequence += 1
-        left = self.backlog_bytes - TAKEN_ALONG  # bytes of the backlog that shall stay
-        while self.backlog and self.backlog_bytes > left:
+        taken = 0
+        while self.backlog and taken < TAKEN_ALONG:
             url, hits = self.backlog.popitem()
             self.sent[url] += hits
-            self.backlog_bytes -= size_of(url)
+            taken += size_of(url)
+        self.backlog_bytes -= taken
 
     def release(self, waiters: list[asyncio.Future[None]]) -> None:
         """Let these requests be answered."""
@@ -559,24 +578,21 @@ class GroupCommit:
         waiters.clear()
 
     def hold(self, error: Exception) -> None:
-        """The store has failed. From now on hits are held, and nobody waits.
-
-        What was sent stays as it is: the store may have counted it.
-        """
+        """The store has failed: from now on hits are held, and no request waits."""
         state = "refuses" if isinstance(error, REFUSALS) else "disconnected"
         self.reason = str(error) or "no answer in time"  # a TimeoutError has no words
         if state != self.state:
             log.error(f"redis {state}, hits are held", where=self.store.where, error=self.reason)
         self.state = state
         if self.open_batch:
-            self.backlog.update(self.open_batch)  # a Counter adds
+            self.backlog.update(self.open_batch)  # adds the hits of URLs that are in both
             self.backlog_bytes = sum(map(size_of, self.backlog))
             self.open_batch = Counter()
         self.release(self.sent_waiters)
         self.release(self.open_waiters)
 
     def log_pending(self) -> None:
-        """A line for each batch, with its number: so recover.py adds it only once."""
+        """A line for each batch, with its number, so tools/recover.py adds it once."""
         while self.sent or self.open_batch or self.backlog:
             if not self.sent:
                 self.close_batch()
@@ -584,7 +600,7 @@ class GroupCommit:
             facts = {
                 "event": "hits not committed",
                 "level": "error",
-                "timestamp": f"{datetime.now(UTC):%FT%TZ}",
+                "timestamp": time.strftime("%FT%TZ", time.gmtime()),
                 "instance": self.store.instance,
                 "sequence": self.sequence,
                 "hits": self.sent.total(),
@@ -595,29 +611,34 @@ class GroupCommit:
 
 
 def size_of(url: str) -> int:
-    return sys.getsizeof(url) + 80  # bytes that a held URL takes beside Python's string
+    return sys.getsizeof(url) + 80  # 80: its place in the backlog
 
 
 # --- Stores -----------------------------------------------------------------------------
 # Redis and memory answer to the same methods. Keys in Redis:
-#   url_count:<url>         the count: url_rank and url_total can be made again from it
-#   url_rank                sorted set of the URLs, scored with the count itself
-#   url_total               the sum of url_rank
-#   url_rank:2026-11-26, url_total:2026-11-26   the same of one UTC day; they expire when
-#                           KEEP_DAYS days have passed since its last hit
-#   url_commit:<instance>   number of the last batch applied for one server, for 24 hours
-#                           (an unconfirmed batch that goes again later could count twice)
+#   url_count:<url>         the count of one URL
+#   url_rank                sorted set: the same counts in order, for lists and ranks
+#   url_total               the sum of all counts
+#   url_rank:2026-11-26, url_total:2026-11-26   hits of one UTC day. Both expire KEEP_DAYS
+#                           days after the last hit of that day
+#   url_commit:<instance>   number of the last batch that one server has sent. It expires
+#                           after 24 hours. A batch that is sent again later than that may
+#                           be counted twice.
+# If url_rank and url_total are lost, tools/reindex.py makes them again from the counts.
 OTHER = "(other)"
+# aiohttp has a parser in Python, for where that in C is missing. Only this one passes on
+# the bytes of a path that is no UTF-8, and it does so in surrogates.
+SURROGATES = "surrogateescape"
 LIST_PAGE = 200  # URLs read at a time: so many stay in memory if a client stops reading
 SPOILED = prometheus.Counter("url_keys_refused", "Times that a key could not be increased")
 
-# The first two lines of the script name its KEYS and ARGV. After those come, for each URL
-# of the batch, its url_count:<url> in KEYS, and its hits in ARGV. The reply is the hits
-# that were counted, the number of all URLs, and pairs: a key that could not be raised, and
-# why.
+# The script that counts a batch. Its first two lines name six KEYS and three ARGV. After
+# those come, for each URL of the batch, its url_count:<url> in KEYS and its hits in ARGV.
+# It replies with the hits that were counted, the number of URLs in the list, and pairs of
+# a key that could not be raised and the reason.
 COMMIT = """
 local commit, rank, total, other, day_rank, day_total = unpack(KEYS, 1, 6)
-local sequence, max_urls, keep = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local sequence, max_urls, keep_s = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local batch = #KEYS - 6  -- URLs in it
 local counted, for_total, spoiled = 0, 0, {}
 local function add(key, hits)
@@ -626,19 +647,20 @@ local function add(key, hits)
   table.insert(spoiled, {key, count.err})
 end
 
--- A rehearsal, as Redis does not undo a script that fails half-way: each command that
--- comes later runs here once, so that it changes no count. What Redis may refuse (no right,
--- no memory, a wrong type, a read-only replica), it refuses before the number is noted.
-local seen = redis.call('INCRBY', commit, 0)
+-- 1. Rehearse. Redis does not undo what a script has done before it fails. So all that
+-- may fail (no right to a command, no memory, a key of a wrong type, a read-only replica)
+-- must fail before the batch is noted. These lines run each command of step 3 in such a
+-- way that it changes no count. (Keys that only add() uses are not tried: it may fail.)
+local seen = redis.call('INCRBY', commit, 0)  -- number of the last batch noted
 redis.call('EXPIRE', commit, 24 * 60 * 60)
 redis.call('EXISTS', other)
 redis.call('ZADD', rank, 'XX', 'INCR', 0, '')  -- XX adds no member
-if keep > 0 then redis.call('ZADD', day_rank, 'XX', 'INCR', 0, '') end
+if keep_s > 0 then redis.call('ZADD', day_rank, 'XX', 'INCR', 0, '') end
 local urls = redis.call('ZCARD', rank)
 
--- If this batch was counted before, only its reply was lost, and is made again here. A
--- URL that has no key was counted under (other). A key that could not be raised cannot be
--- raised by 0, either, and add() reports it again. All others were counted.
+-- 2. If this batch was counted before, its reply was lost. Make this reply again: which hits
+-- were counted then? Those of a URL that has no key, under (other). Those of a key that can
+-- be increased, which is tried with 0 here. No others.
 if sequence <= seen then
   for i = 1, batch do
     local key, hits = KEYS[6 + i], tonumber(ARGV[3 + i])
@@ -648,8 +670,7 @@ if sequence <= seen then
   return {counted, urls, spoiled}
 end
 
--- Note the number, by the command that was tried. From here on nothing fails, as add()
--- never does.
+-- 3. Note the number of this batch (by INCRBY, which was rehearsed), and count it.
 redis.call('INCRBY', commit, sequence - seen)
 local near_the_cap = urls + batch > max_urls  -- only then it matters whether a URL is new
 for i = 1, batch do
@@ -661,21 +682,19 @@ for i = 1, batch do
   if count then
     counted = counted + hits
     local url = key:sub(#'url_count:' + 1)
-    -- The list gets the count itself, so that the two cannot drift apart.
-    local new_in_list = redis.call('ZADD', rank, count, url) == 1
-    -- The total is the sum of the list. A URL can be older than the list, which an early
-    -- version did not have: then all its hits are new to the total.
-    local to_add = hits
-    if new_in_list then to_add = count end
-    for_total = for_total + to_add
-    if keep > 0 then redis.call('ZADD', day_rank, 'INCR', hits, url) end
+    -- The list gets the count itself, so that the two cannot drift apart. The total is the
+    -- sum of the list. It grows by hits or, when a URL is new to the list, by its count,
+    -- which is more if it has been counted without a list: by an early version.
+    local is_new = redis.call('ZADD', rank, count, url) == 1
+    if is_new then for_total = for_total + count else for_total = for_total + hits end
+    if keep_s > 0 then redis.call('ZADD', day_rank, 'INCR', hits, url) end
   end
 end
 add(total, for_total)
-if keep > 0 then
+if keep_s > 0 then
   add(day_total, counted)
-  redis.call('EXPIRE', day_rank, keep)
-  redis.call('EXPIRE', day_total, keep)
+  redis.call('EXPIRE', day_rank, keep_s)
+  redis.call('EXPIRE', day_total, keep_s)
 end
 return {counted, redis.call('ZCARD', rank), spoiled}
 """
@@ -683,8 +702,8 @@ return {counted, redis.call('ZCARD', rank), spoiled}
 
 def address_of(url: str) -> dict[str, Any]:
     """Where Redis is, in options of redis-py. Others, such as time-outs, are left out."""
-    # Of redis://:12/34@host redis-py takes 12, a part of the password, for the port, and
-    # the log would show it. So no @ may come after one of / ? #.
+    # redis-py takes redis://:12/34@host, with the password 12/34, for port 12, and the log
+    # would show that. So an @ must not come after one of / ? #, which should be quoted.
     if re.search("(?s)://.*[/?#].*@", url):
         raise ValueError
     known = "connection_class|host|port|path|db|username|password"
@@ -698,19 +717,20 @@ class RedisStore:
         self.settings = settings
         self.instance = os.urandom(8).hex()
         address = address_of(settings.redis_url or LOCAL_REDIS)
-        address["protocol"] = 2  # with 3 one can get a closed connection (redis-py #4252)
+        address["protocol"] = 2  # RESP3 is broken in redis-py's pool (#4252)
         kind = address.pop("connection_class", Connection)
         # Commits have a connection outside the pool, so that readers cannot hold them up.
         # It needs no lock, as only GroupCommit's task uses it, for one command at a time,
         # and no time-out, as that task has one. This is how redis-py's Connection works:
         # send_packed_command() connects if need be, and sends once. If it or
-        # read_response() fails or is cancelled, the connection is closed. So a late reply is
-        # never taken for that of the next command.
+        # read_response() fails or is cancelled, the connection is closed. So a late reply
+        # is never taken for that of the next command (tests/test_faults.py tries it).
         self.writer = writer = kind(socket_timeout=None, **address)
         self.where = address.get("path") or f"{writer.host}:{writer.port}/{writer.db}"
         reading = {**address, "socket_timeout": 1, "socket_connect_timeout": 1}
-        reading["encoding_errors"] = "surrogateescape"  # as in commit()
-        # Firewalls forget idle connections. So after any error redis-py tries once more.
+        reading["encoding_errors"] = SURROGATES
+        # Firewalls forget idle connections. So after any error a reader tries again: once,
+        # as is redis-py's default for retry_on_error.
         reading["retry_on_error"] = [Exception]
         # A reader waits 5 s at most for one of 16. Lists use 8, so others get through.
         self.pool = BlockingConnectionPool(16, timeout=5, connection_class=kind, **reading)
@@ -725,11 +745,11 @@ class RedisStore:
     async def connect(self) -> None:
         """Connect to where the address leads now, and see if Redis takes commits."""
         await self.writer.disconnect(nowait=True)
-        await self.pool.disconnect(inuse_connections=False)
-        # This connects. If a password is missing, Redis says so, but only to a command of
-        # few words: to the next one it would say "Protocol error".
+        await self.pool.disconnect(inuse_connections=False)  # readers follow, too
+        # This connects, and comes before the script because it is short. If a password is
+        # missing, Redis says so to a short command, but to a long one "Protocol error".
         await self.ping()
-        # Number 0 is never new: the script only tries its commands, and counts nothing.
+        # Number 0 counts as seen before: so steps 1 and 2 of the script run, and not 3.
         _, urls = await self.commit(0, {})
         if not urls:
             with suppress(redis.ResponseError):  # no right to look
@@ -745,11 +765,11 @@ class RedisStore:
     async def commit(self, sequence: int, hits: Mapping[str, int]) -> tuple[int, int]:
         """Add {url: hits}, once for each number. Returns hits counted, number of URLs."""
         day = utc_day()
+        # Six keys and those of the URLs; then three numbers and the hits of the URLs.
         keys = [f"url_commit:{self.instance}", "url_rank", "url_total", f"url_count:{OTHER}"]
         keys += [f"url_rank:{day}", f"url_total:{day}", *(f"url_count:{url}" for url in hits)]
         keep = self.settings.keep_days * 86_400
-        # Without aiohttp's C parser, bytes of a path that are no UTF-8 come as surrogates.
-        names = [key.encode(errors="surrogateescape") for key in keys]
+        names = [key.encode(errors=SURROGATES) for key in keys]
         numbers = [sequence, self.settings.max_urls, keep, *hits.values()]
         counted, urls, spoiled = await self.call("EVAL", COMMIT, len(keys), *names, *numbers)
         for key, error in spoiled:
@@ -794,11 +814,11 @@ class MemoryStore:
 
     def __init__(self, settings: Namespace) -> None:
         self.settings = settings
-        self.counts: dict[str, Counter[str]] = {ALL_TIME: Counter()}  # and of each day
+        self.counts: dict[str, Counter[str]] = {ALL_TIME: Counter()}  # and for each day
 
-    async def connect(self) -> None: ...  # nothing to do, nor in the other two
+    async def connect(self) -> None: ...
 
-    ping = close = connect
+    ping = close = connect  # memory is always there
 
     async def commit(self, sequence: int, hits: Mapping[str, int]) -> tuple[int, int]:
         counts = self.counts[ALL_TIME]
@@ -808,8 +828,9 @@ class MemoryStore:
                 url = OTHER
             counts[url] += n
             today[url] += n
+        first_kept = utc_day(ago=self.settings.keep_days - 1)  # tomorrow, if none is kept
         for day in self.counts.keys() - {ALL_TIME}:
-            if day <= utc_day(ago=self.settings.keep_days):  # not by its last hit
+            if day < first_kept:
                 del self.counts[day]
         return sum(hits.values()), len(counts)
 
@@ -819,8 +840,10 @@ class MemoryStore:
 
     async def find(self, day: str, url: str) -> tuple[int, int] | None:
         counts = self.counts.get(day, Counter())
+        if url not in counts:
+            return None
         ahead = sum((n, other) > (counts[url], url) for other, n in counts.items())
-        return (counts[url], ahead + 1) if url in counts else None
+        return counts[url], ahead + 1
 
     async def ranked(self, day: str, offset: int, limit: int) -> Pages:
         counts = self.counts.get(day, Counter())
@@ -840,19 +863,27 @@ def utc_day(ago: int = 0) -> str:
 
 
 # --- Start and stop ---------------------------------------------------------------------
-# The first request is let in when the store has opened, or a second later. The store
-# closes when all requests are answered and GroupCommit has committed their hits.
-async def open_store(settings: Namespace, app: web.Application) -> AsyncIterator[None]:
-    """The life of the store and of GroupCommit, around that of the application."""
-    store: Store = RedisStore(settings)
+# The first request is answered when the store is connected, or a second later. The store
+# closes when all requests are answered, and their hits are committed or in the log.
+async def choose_store(settings: Namespace) -> Store:
+    """Redis. But if REDIS_URL is not set, and there is no local Redis to use, memory."""
+    store = RedisStore(settings)
     try:
-        if not settings.redis_url:  # the local Redis, if it can be used, else memory
+        if not settings.redis_url:
             await asyncio.wait_for(store.connect(), 1)
+        return store
     except Exception as error:  # whatever it is that answers there
         await store.close()
-        reason = f"{store.where}: {str(error) or 'no answer in time'}"
-        log.warning("REDIS_URL is not set: counts are lost on exit", no_local_redis=reason)
-        store = MemoryStore(settings)
+        log.warning(
+            "REDIS_URL is not set: counts are lost on exit",
+            no_local_redis=f"{store.where}: {str(error) or 'no answer in time'}",
+        )
+        return MemoryStore(settings)
+
+
+async def open_store(settings: Namespace, app: web.Application) -> AsyncIterator[None]:
+    """The life of the store and of GroupCommit, around that of the application."""
+    store = await choose_store(settings)
     commits = app[COMMITS] = GroupCommit(store)
     task = asyncio.create_task(commits.run())
     for _ in range(100):  # look for a second at most, so that /stats/ works at once
@@ -873,6 +904,7 @@ async def open_store(settings: Namespace, app: web.Application) -> AsyncIterator
 
 def create_app(settings: Namespace) -> web.Application:
     app = web.Application(middlewares=[count_and_guard])
+    app[SETTINGS] = settings
     app[TEST_RUN] = asyncio.Lock()
     app.add_routes(ROUTES.values())
     app.cleanup_ctx.append(partial(open_store, settings))
@@ -885,27 +917,33 @@ async def serve(settings: Namespace, listener: socket.socket) -> None:
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             asyncio.get_running_loop().add_signal_handler(signum, stop.set)
-    # More than aiohttp's 8 kB and 128. Not much more, as 64 kB of slashes keep its router
-    # busy for 284 ms, and headers that have no end are held in memory.
-    options = dict[str, Any](max_line_size=16_384, max_field_size=16_384, max_headers=256)
-    options["access_log"] = None  # it would cost as much as counting does
-    options["auto_decompress"] = False  # nobody reads a body, so none is inflated
-    options["shutdown_timeout"] = 1.5  # then aiohttp cancels, and waits as long again
-    runner = web.AppRunner(create_app(settings), **options)
+    runner = web.AppRunner(
+        create_app(settings),
+        # More than aiohttp's 8 kB and 128. Not much more, as 64 kB of slashes keep its router
+        # busy for 284 ms, and headers that have no end are held in memory.
+        max_line_size=16_384,
+        max_field_size=16_384,
+        max_headers=256,
+        access_log=None,  # it would cost as much as counting does
+        auto_decompress=False,  # nobody reads a body, so none is inflated
+        shutdown_timeout=1.5,  # then requests are cancelled, and it waits as long again
+    )
     await runner.setup()
     site = web.SockSite(runner, listener, backlog=1024)
     await site.start()
     log.info("started", page=site.name)
     await stop.wait()
     await runner.cleanup()
-    # All is saved. Python would still wait for a thread that asks a name server.
+    # All is saved. Without this, Python waits for a thread that asks a name server for the
+    # address of Redis, which can hang for long.
     os._exit(0)
 
 
 def prepare_process() -> None:
     """Streams, files, and the log: for people on a terminal, else in lines of JSON."""
-    # If a standard stream is closed, a socket would get its number, and libuv would abort
-    # at the end. So /dev/null is opened until 0, 1 and 2 are taken.
+    # Files get the lowest free number. If a standard stream is closed, a socket would get
+    # its number, and libuv would abort at the end. So /dev/null is opened until 0 to 2 are
+    # taken. (The last one, which has a higher number, just stays open.)
     while os.open(os.devnull, os.O_RDWR) < 3:
         pass
     os.set_blocking(2, True)  # or a slow reader of the log makes it lose lines
@@ -913,8 +951,8 @@ def prepare_process() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = 10_240 if sys.platform == "darwin" else most
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
-    render = structlog.dev.ConsoleRenderer() if os.isatty(2) else steps.JSONRenderer()
-    stamps = (steps.add_log_level, steps.TimeStamper("iso"), steps.format_exc_info)
+    render = structlog.dev.ConsoleRenderer() if os.isatty(2) else processors.JSONRenderer()
+    stamps = (processors.add_log_level, processors.TimeStamper("iso"), processors.format_exc_info)
     # The standard library's loggers survive a log that cannot be written (a full disk).
     structlog.configure((*stamps, render), logger_factory=structlog.stdlib.LoggerFactory())
     logging.basicConfig(format="%(message)s", level=logging.INFO)
