@@ -271,7 +271,7 @@ async def test_the_page_is_asked_for_again_each_time_and_stands_in_no_frame(clie
 
 
 async def test_without_its_file_the_page_is_a_404(client: App, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(server, "PAGE", Path("nothing.html"))
+    monkeypatch.setattr(server, "DASHBOARD", Path("nothing.html"))
     answer = await client.ask("/")
     assert answer.status == 404
     assert "dashboard.html" in answer.json["error"]

@@ -342,7 +342,7 @@ def with_hashes(page: str, folder: Path) -> str:
 
 
 def test_its_policy_allows_its_own_style_and_script_and_nothing_else(tmp_path: Path) -> None:
-    page = server.PAGE.read_text()
+    page = server.DASHBOARD.read_text()
     assert page == with_hashes(page, tmp_path), "the page has changed: run `make hashes`"
     found = re.search('<meta http-equiv="Content-Security-Policy" content="(.*?)">', page)
     assert found
@@ -355,12 +355,12 @@ def test_its_policy_allows_its_own_style_and_script_and_nothing_else(tmp_path: P
 
 @pytest.mark.parametrize("block", ["<style>", "<script>"])
 def test_a_change_without_make_hashes_is_noticed(tmp_path: Path, block: str) -> None:
-    changed = server.PAGE.read_text().replace(block, block + " ")
+    changed = server.DASHBOARD.read_text().replace(block, block + " ")
     assert changed != with_hashes(changed, tmp_path)
 
 
 def test_it_weighs_28_kb_at_most_and_asks_nobody_else() -> None:
-    page = server.PAGE.read_text()
+    page = server.DASHBOARD.read_text()
     assert len(page.encode()) <= 28_000
     assert "://" not in re.sub(r"(?<!:)//.*", "", page).replace(r":\/\/", "")
     assert not re.search("innerHTML|insertAdjacentHTML|outerHTML", page)
