@@ -380,7 +380,7 @@ class App(Http):
 
     @property
     def commits(self) -> server.GroupCommit:
-        return self.app[server.COMMITS]
+        return self.app[server.GROUP_COMMIT]
 
 
 ClientOf = Callable[..., Awaitable[App]]

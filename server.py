@@ -70,7 +70,7 @@ def log_once(event: str, **facts: str) -> None:
 # --- Settings ---------------------------------------------------------------------------
 # main() reads them once. Other programs give create_app() what read_settings([]) returns.
 LOCAL_REDIS = "redis://localhost:6379/0"
-NO_LIMIT = 10**15  # the numbers of Redis's Lua are exact up to nine times this
+NO_LIMIT = 10**15
 ANY = (0, NO_LIMIT)
 OPTIONS = [  # variable, default, lowest and highest number, what --help says of it
     ("HOST", "127.0.0.1", None, "0.0.0.0 listens to the network, :: by IPv6, too"),
@@ -89,7 +89,7 @@ def read_settings(arguments: list[str]) -> Namespace:
     parser.add_argument("--version", action="version", version=__version__)
     for variable, default, limits, meaning in OPTIONS:
         flag = "--" + variable.lower().replace("_", "-")
-        given = os.environ.get(variable) or default  # argparse checks text like a flag
+        given = os.environ.get(variable) or default  # argparse checks text by type=
         kind = partial(whole_number, variable, *limits) if limits else str
         parser.add_argument(flag, default=given, type=kind, help=f"{default or 'unset'}; {meaning}")
     settings, unknown = parser.parse_known_args(arguments)
@@ -115,7 +115,7 @@ def whole_number(name: str, lowest: int, highest: int, text: str) -> int:
 # --- Middleware and handlers ------------------------------------------------------------
 # The one middleware counts. A handler parses, asks the store, answers.
 SETTINGS = web.AppKey("settings", Namespace)
-COMMITS: "web.AppKey[GroupCommit]" = web.AppKey("commits")  # see Group commit
+GROUP_COMMIT: "web.AppKey[GroupCommit]" = web.AppKey("group_commit")
 STARTED = time.monotonic()
 TEST_RUN = web.AppKey("test_run", asyncio.Lock)  # is held by the test run under way
 COUNTED_AS = web.RequestKey("counted_as", str)  # like an AppKey, but of one request
@@ -149,7 +149,7 @@ async def count_and_guard(request: Request, handler: Handler) -> StreamResponse:
             if len(request.path) > 2048:
                 raise web.HTTPRequestURITooLong(text="a path has at most 2,048 characters")
             url = request[COUNTED_AS] = request.path.removesuffix("/") + "/"
-            await request.app[COMMITS].hit(url)
+            await request.app[GROUP_COMMIT].hit(url)
         response = await handler(request)
     except web.HTTPException as error:
         texts = {404: NOT_HERE, 405: f"use {error.headers.get('Allow')} here"}
@@ -188,13 +188,13 @@ async def stats(request: Request) -> Response:
     with store_for_reading(request) as store:
         hits, urls = await store.totals(day)
     headers = {**HEADERS, "X-Total-Hits": str(hits)}
+    # pages is a generator. aiohttp reads it while it sends the list, and so the with above
+    # does not cover it: see json_list().
     if request.query.get("contains"):
         pages = matching(request, store.ranked(day, 0, NO_LIMIT), offset, limit)
     else:
         headers["X-Total-Count"] = str(urls)
         pages = store.ranked(day, offset, limit)
-    # No page is read yet. aiohttp draws them from the generator while it sends the list, so
-    # the with above does not cover that: see json_list().
     return Response(body=json_list(pages), headers=headers)
 
 
@@ -272,7 +272,7 @@ def from_another_site(headers: Mapping[str, str]) -> bool:
 
 async def health(request: Request) -> Response:
     settings = request.app[SETTINGS]
-    commits = request.app[COMMITS]
+    commits = request.app[GROUP_COMMIT]
     report: dict[str, object] = {
         "status": "healthy",
         "redis": "in-memory" if isinstance(commits.store, MemoryStore) else commits.state,
@@ -310,7 +310,7 @@ async def live_page(request: Request) -> Response:
 @contextmanager
 def store_for_reading(request: Request) -> Iterator[Store]:
     """The store. If it is away, or reading fails in any way, this is a StoreError."""
-    commits = request.app[COMMITS]
+    commits = request.app[GROUP_COMMIT]
     if commits.away:
         raise StoreError(commits.reason)
     try:
@@ -456,6 +456,10 @@ class GroupCommit:
 
     When the store fails, the open batch goes to the backlog, and sent is kept, to be sent
     again. As all hits are held then, all requests are answered, and none waits any more.
+
+    Each batch has a number. It is sent again under this number, unchanged, until the store
+    has confirmed it, and the store counts each number once. If the server ends before that,
+    the batch and its number are in the log, and tools/recover.py sends it.
     """
 
     def __init__(self, store: Store) -> None:
@@ -480,8 +484,8 @@ class GroupCommit:
 
     async def hit(self, url: str) -> None:
         """Add a hit. Returns when the store has it or, while that is away, at once."""
-        # While the backlog is full, only URLs that are in it get more hits. That goes for the
-        # open batch, too: if the store fails, it has to fit into the backlog.
+        # While the backlog is full, only URLs that are in it get more hits. Also while the
+        # store is connected: if it fails, the backlog takes in the open batch.
         if self.backlog_bytes >= BACKLOG_BYTES and url not in self.backlog:
             raise StoreError("too many URLs wait for Redis: try again later")
         self.pending += 1
@@ -531,7 +535,7 @@ class GroupCommit:
         self.state = "connected"
 
     async def wait_for_hits(self) -> None:
-        """Wait a second at most. Without hits, commit_batch() sees if the store is there."""
+        """Wait until there are hits, but a second at most: then commit_batch() pings."""
         if not self.pending:
             self.wake.clear()
             with suppress(TimeoutError):
@@ -543,8 +547,7 @@ class GroupCommit:
         if not self.pending:
             await self.store.ping()
             return
-        # A batch that was not confirmed is sent again, under the number that it had. By this
-        # number the store knows a batch that it has counted, and counts it only once.
+        # What was sent, and not confirmed, goes first.
         if not self.sent:
             self.close_batch()
         with COMMIT_SECONDS.time():
@@ -593,7 +596,7 @@ class GroupCommit:
         self.release(self.open_waiters)
 
     def log_pending(self) -> None:
-        """A line for each batch, with its number, so tools/recover.py adds it once."""
+        """A line for each batch that the store has not confirmed."""
         while self.sent or self.open_batch or self.backlog:
             if not self.sent:
                 self.close_batch()
@@ -627,8 +630,8 @@ def size_of(url: str) -> int:
 #                           be counted twice.
 # If url_rank and url_total are lost, tools/reindex.py makes them again from the counts.
 OTHER = "(other)"
-# Where aiohttp has no parser in C, that in Python passes on bytes of a path that are no
-# UTF-8 as surrogates. (That in C leaves them percent-encoded.)
+# Bytes of a path that are no UTF-8 come as surrogates from aiohttp's parser in Python. (Its
+# usual parser, in C, leaves them percent-encoded.)
 SURROGATES = "surrogateescape"
 LIST_PAGE = 200  # URLs read at a time: so many stay in memory if a client stops reading
 SPOILED = prometheus.Counter("url_keys_refused", "Times that a key could not be increased")
@@ -650,8 +653,8 @@ end
 
 -- 1. Rehearse. Redis does not undo what a script has done before it fails. So all that
 -- may fail (no right to a command, no memory, a key of a wrong type, a read-only replica)
--- must fail before the batch is noted. These lines run each command of step 3 in such a
--- way that it changes no count. (No key is tried that only add() uses. add() may fail.)
+-- must fail before the batch is noted. These lines run each command of step 2 in such a
+-- way that it changes no count. What add() does is not rehearsed: it reports errors.
 local seen = redis.call('INCRBY', commit, 0)  -- number of the last batch noted
 redis.call('EXPIRE', commit, 24 * 60 * 60)
 redis.call('EXISTS', other)
@@ -659,45 +662,45 @@ redis.call('ZADD', rank, 'XX', 'INCR', 0, '')  -- XX adds no member
 if keep_s > 0 then redis.call('ZADD', day_rank, 'XX', 'INCR', 0, '') end
 local urls = redis.call('ZCARD', rank)
 
--- 2. If this batch was counted before, its reply was lost, and is made again. A URL that
--- has no key was counted under (other): see step 3. Any other was counted, unless its key
--- cannot be increased. That is tried with 0, and reported again.
-if sequence <= seen then
+-- 2. If this batch is new, note its number (by INCRBY, which was rehearsed), and count it.
+if sequence > seen then
+  redis.call('INCRBY', commit, sequence - seen)
+  local near_the_cap = urls + batch > max_urls  -- only then it matters whether a URL is new
   for i = 1, batch do
     local key, hits = KEYS[6 + i], tonumber(ARGV[3 + i])
-    local no_key = redis.call('EXISTS', key) == 0
-    if no_key or add(key, 0) then counted = counted + hits end
+    if near_the_cap and redis.call('EXISTS', key) == 0 then
+      if urls < max_urls then urls = urls + 1 else key = other end
+    end
+    local count = add(key, hits)
+    if count then
+      counted = counted + hits
+      local url = key:sub(#'url_count:' + 1)
+      -- The list gets the count itself, so that the two cannot drift apart. The total is
+      -- the sum of the list, and grows by hits. But an early version of this program had
+      -- counts and no list: such a URL, when it gets into the list, adds its whole count.
+      local is_new = redis.call('ZADD', rank, count, url) == 1
+      if is_new then for_total = for_total + count else for_total = for_total + hits end
+      if keep_s > 0 then redis.call('ZADD', day_rank, 'INCR', hits, url) end
+    end
   end
-  return {counted, urls, spoiled}
+  add(total, for_total)
+  if keep_s > 0 then
+    add(day_total, counted)
+    redis.call('EXPIRE', day_rank, keep_s)
+    redis.call('EXPIRE', day_total, keep_s)
+  end
+  return {counted, redis.call('ZCARD', rank), spoiled}
 end
 
--- 3. Note the number of this batch (by INCRBY, which was rehearsed), and count it.
-redis.call('INCRBY', commit, sequence - seen)
-local near_the_cap = urls + batch > max_urls  -- only then it matters whether a URL is new
+-- 3. If it is not new, its reply was lost, and is made again. What was counted? A URL that
+-- has no key, under (other). All keys that can be increased, which is tried with 0 here.
+-- The others could not be increased before, either, and add() reports them again.
 for i = 1, batch do
   local key, hits = KEYS[6 + i], tonumber(ARGV[3 + i])
-  if near_the_cap and redis.call('EXISTS', key) == 0 then
-    if urls < max_urls then urls = urls + 1 else key = other end
-  end
-  local count = add(key, hits)
-  if count then
-    counted = counted + hits
-    local url = key:sub(#'url_count:' + 1)
-    -- The list gets the count itself, so that the two cannot drift apart. The total is the
-    -- sum of the list, so it grows by as much: by hits or, if the URL is new to the list, by
-    -- its whole count. (An early version of this program had counts and no list.)
-    local is_new = redis.call('ZADD', rank, count, url) == 1
-    if is_new then for_total = for_total + count else for_total = for_total + hits end
-    if keep_s > 0 then redis.call('ZADD', day_rank, 'INCR', hits, url) end
-  end
+  if redis.call('EXISTS', key) == 0 then key = other end
+  if add(key, 0) then counted = counted + hits end
 end
-add(total, for_total)
-if keep_s > 0 then
-  add(day_total, counted)
-  redis.call('EXPIRE', day_rank, keep_s)
-  redis.call('EXPIRE', day_total, keep_s)
-end
-return {counted, redis.call('ZCARD', rank), spoiled}
+return {counted, urls, spoiled}
 """
 
 
@@ -746,11 +749,11 @@ class RedisStore:
     async def connect(self) -> None:
         """Connect to where the address leads now, and see if Redis takes commits."""
         await self.link.disconnect(nowait=True)
-        await self.pool.disconnect(inuse_connections=False)  # readers follow, too
+        await self.pool.disconnect(inuse_connections=False)  # of readers, too
         # This connects, and comes before the script because it is short. If a password is
         # missing, Redis says so to a short command, but to a long one "Protocol error".
         await self.ping()
-        # Number 0 counts as seen before: so steps 1 and 2 of the script run, and not 3.
+        # A batch of number 0 is never new. So the script only rehearses.
         _, urls = await self.commit(0, {})
         if not urls:
             with suppress(redis.ResponseError):  # no right to look
@@ -885,7 +888,7 @@ async def choose_store(settings: Namespace) -> Store:
 async def open_store(settings: Namespace, app: web.Application) -> AsyncIterator[None]:
     """The life of the store and of GroupCommit, around that of the application."""
     store = await choose_store(settings)
-    commits = app[COMMITS] = GroupCommit(store)
+    commits = app[GROUP_COMMIT] = GroupCommit(store)
     task = asyncio.create_task(commits.run())
     for _ in range(100):  # look for a second at most, so that /stats/ works at once
         if not commits.away:
@@ -942,9 +945,8 @@ async def serve(settings: Namespace, listener: socket.socket) -> None:
 
 def prepare_process() -> None:
     """Streams, files, and the log: for people on a terminal, else in lines of JSON."""
-    # A file gets the lowest free number. If a standard stream is closed, a socket would get
-    # its number, and libuv would abort at the end. So /dev/null is opened until 0, 1 and 2
-    # are taken. (The last one, which gets 3 or more, just stays open.)
+    # Give /dev/null to standard streams that are closed, until a file gets a number after
+    # theirs. Otherwise sockets would get their numbers, and libuv would abort at the end.
     while os.open(os.devnull, os.O_RDWR) < 3:
         pass
     os.set_blocking(2, True)  # or a slow reader of the log makes it lose lines

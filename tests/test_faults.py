@@ -332,6 +332,17 @@ async def test_what_does_not_count_is_not_in_the_metric(
     assert metrics["url_keys_refused_total", frozenset()] > 0
 
 
+async def test_a_reply_that_was_lost_is_made_again_as_it_was(redis_server: RedisServer) -> None:
+    """Also if hits beyond MAX_URLS could not be counted."""
+    store = server.RedisStore(settings_of(redis_server.url, max_urls=1))
+    await store.commit(1, {"/api/known/": 1})
+    redis_server.client.rpush("url_count:(other)", "no number")
+    hits = {"/api/known/": 2, "/api/new/": 3}
+    assert await store.commit(2, hits) == (2, 1)
+    assert await store.commit(2, hits) == (2, 1)
+    await store.close()
+
+
 async def test_two_servers_with_other_bounds_count_into_one_redis(
     serve: Serve, redis_server: RedisServer
 ) -> None:
