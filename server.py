@@ -17,9 +17,9 @@
 
 A request counts once, under its decoded path with a slash at the end. Its answer means
 that the hit is in Redis or, while Redis is away, held in memory (64 MB of URLs) until it
-is back. Its day is that on which Redis gets it. If something else than a number stands
-in Redis where a count should be, the log says so, and hits of that URL do not count.
-Errors are JSON: {"error": "what is wrong"}.
+is back. A hit counts for the UTC day on which it is sent to Redis. If something else than
+a number stands where Redis should have a count, the log says so, and this URL does not
+count. Errors are JSON: {"error": "what is wrong"}.
 """
 
 import asyncio
@@ -71,7 +71,7 @@ def log_once(event: str, **facts: str) -> None:
 # main() reads them once. Other programs give create_app() what read_settings([]) returns.
 LOCAL_REDIS = "redis://localhost:6379/0"
 NO_LIMIT = 10**15
-ANY = (0, NO_LIMIT)
+ANY = (0, NO_LIMIT)  # lowest and highest number
 OPTIONS = [  # variable, default, lowest and highest number, what --help says of it
     ("HOST", "127.0.0.1", None, "0.0.0.0 listens to the network, :: by IPv6, too"),
     ("PORT", 5000, (0, 65_535), "0 takes any free one"),
@@ -89,7 +89,7 @@ def read_settings(arguments: list[str]) -> Namespace:
     parser.add_argument("--version", action="version", version=__version__)
     for variable, default, limits, meaning in OPTIONS:
         flag = "--" + variable.lower().replace("_", "-")
-        given = os.environ.get(variable) or default  # argparse checks text by type=
+        given = os.environ.get(variable) or default  # argparse checks it, as it is text
         kind = partial(whole_number, variable, *limits) if limits else str
         parser.add_argument(flag, default=given, type=kind, help=f"{default or 'unset'}; {meaning}")
     settings, unknown = parser.parse_known_args(arguments)
@@ -115,7 +115,7 @@ def whole_number(name: str, lowest: int, highest: int, text: str) -> int:
 # --- Middleware and handlers ------------------------------------------------------------
 # The one middleware counts. A handler parses, asks the store, answers.
 SETTINGS = web.AppKey("settings", Namespace)
-GROUP_COMMIT: "web.AppKey[GroupCommit]" = web.AppKey("group_commit")
+GROUP_COMMIT: "web.AppKey[GroupCommit]" = web.AppKey("group_commit")  # defined later
 STARTED = time.monotonic()
 TEST_RUN = web.AppKey("test_run", asyncio.Lock)  # is held by the test run under way
 COUNTED_AS = web.RequestKey("counted_as", str)  # like an AppKey, but of one request
@@ -188,8 +188,8 @@ async def stats(request: Request) -> Response:
     with store_for_reading(request) as store:
         hits, urls = await store.totals(day)
     headers = {**HEADERS, "X-Total-Hits": str(hits)}
-    # pages is a generator. aiohttp reads it while it sends the list, and so the with above
-    # does not cover it: see json_list().
+    # The pages are read while aiohttp sends the list. Failures are in json_list() then,
+    # and not in the with above.
     if request.query.get("contains"):
         pages = matching(request, store.ranked(day, 0, NO_LIMIT), offset, limit)
     else:
@@ -214,7 +214,7 @@ async def matching(request: Request, pages: Pages, to_skip: int, to_pass: int) -
 
 
 async def json_list(pages: Pages) -> AsyncIterator[bytes]:
-    """If a page cannot be read, aiohttp breaks off, as the status has been sent already."""
+    """If a page cannot be read, this raises, and so aiohttp breaks the connection off."""
     yield b"["
     comma = ""
     try:
@@ -348,7 +348,7 @@ def day_asked_for(request: Request) -> str:
 
 
 async def send_100_continue(request: Request) -> None:
-    """Sent for any Expect header. aiohttp would answer some with 417, in plain text."""
+    """Answers every Expect header. aiohttp's own answer is 417, in plain text, to most."""
     if request.version == aiohttp.HttpVersion11:
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
@@ -432,7 +432,7 @@ def summary(ms: list[float]) -> dict[str, float]:
 # request waits. When it is back, requests wait again, and each batch takes 128 kB of the
 # backlog along: so the backlog gets smaller however high the load is.
 PATIENCE = 1.0  # seconds that a commit may take while requests wait for it
-LONG_PATIENCE = 8.0  # seconds for an attempt to come back, with all its batches
+LONG_PATIENCE = 8.0  # seconds that an attempt to come back may take
 TAKEN_ALONG = 128 * 1024  # bytes of the backlog in a batch: about 800 URLs, 5 ms of Redis
 BACKLOG_BYTES = 64 * 1024**2
 # With these Redis is there, but says no. Hits are held all the same.
@@ -458,8 +458,8 @@ class GroupCommit:
     again. As all hits are held then, all requests are answered, and none waits any more.
 
     Each batch has a number. It is sent again under this number, unchanged, until the store
-    has confirmed it, and the store counts each number once. If the server ends before that,
-    the batch and its number are in the log, and tools/recover.py sends it.
+    has confirmed it, and the store counts each number of a server once. A server that is
+    stopped before that logs the batch and its number, and tools/recover.py sends it.
     """
 
     def __init__(self, store: Store) -> None:
@@ -472,7 +472,7 @@ class GroupCommit:
         self.open_waiters: list[asyncio.Future[None]] = []  # requests of the open batch
         self.sent_waiters: list[asyncio.Future[None]] = []  # requests of what was sent
         self.wake = asyncio.Event()  # there is a hit to commit
-        self.sequence = 0  # number of the last batch
+        self.sequence = 0  # number of the batch in sent
         self.state = "starting"  # then "connected", "disconnected" or "refuses"
         self.reason = "no answer yet"  # why the store is away
         PENDING.set_function(lambda: self.pending)
@@ -484,8 +484,9 @@ class GroupCommit:
 
     async def hit(self, url: str) -> None:
         """Add a hit. Returns when the store has it or, while that is away, at once."""
-        # While the backlog is full, only URLs that are in it get more hits. Also while the
-        # store is connected: if it fails, the backlog takes in the open batch.
+        # While the backlog is full, only URLs that are in it get more hits. This holds
+        # while the store is connected, too, as the open batch goes to the backlog if it
+        # fails.
         if self.backlog_bytes >= BACKLOG_BYTES and url not in self.backlog:
             raise StoreError("too many URLs wait for Redis: try again later")
         self.pending += 1
@@ -493,7 +494,7 @@ class GroupCommit:
             if url not in self.backlog:
                 self.backlog_bytes += size_of(url)
             self.backlog[url] += 1
-            return  # run() does not wait for hits now, and needs no wake
+            return  # run() looks at pending, and needs no wake
         self.open_batch[url] += 1
         # Each request has its own, so that one that is cancelled does not cancel others.
         waiter: asyncio.Future[None] = asyncio.Future()
@@ -552,7 +553,7 @@ class GroupCommit:
             self.close_batch()
         with COMMIT_SECONDS.time():
             counted, urls = await self.store.commit(self.sequence, self.sent)
-        self.pending -= self.sent.total()  # what it could not count is in the log
+        self.pending -= self.sent.total()  # what it could not count, the store has logged
         self.sent = Counter()
         self.release(self.sent_waiters)
         HITS.inc(counted)
@@ -600,7 +601,7 @@ class GroupCommit:
         while self.sent or self.open_batch or self.backlog:
             if not self.sent:
                 self.close_batch()
-            # In JSON, on a terminal, too, as recover.py reads it.
+            # Not by log, as this must be JSON even on a terminal: recover.py reads it.
             facts = {
                 "event": "hits not committed",
                 "level": "error",
@@ -630,8 +631,8 @@ def size_of(url: str) -> int:
 #                           be counted twice.
 # If url_rank and url_total are lost, tools/reindex.py makes them again from the counts.
 OTHER = "(other)"
-# Bytes of a path that are no UTF-8 come as surrogates from aiohttp's parser in Python. (Its
-# usual parser, in C, leaves them percent-encoded.)
+# Bytes of a path that are no UTF-8 come as surrogates from aiohttp's parser in Python.
+# (Its usual parser, in C, leaves them percent-encoded.) In Redis they are bytes again.
 SURROGATES = "surrogateescape"
 LIST_PAGE = 200  # URLs read at a time: so many stay in memory if a client stops reading
 SPOILED = prometheus.Counter("url_keys_refused", "Times that a key could not be increased")
@@ -641,7 +642,7 @@ SPOILED = prometheus.Counter("url_keys_refused", "Times that a key could not be 
 # It replies with the hits that were counted, the number of URLs in the list, and pairs of
 # a key that could not be raised and the reason.
 COMMIT = """
-local commit, rank, total, other, day_rank, day_total = unpack(KEYS, 1, 6)
+local noted, rank, total, other, day_rank, day_total = unpack(KEYS, 1, 6)
 local sequence, max_urls, keep_s = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local batch = #KEYS - 6  -- URLs in it
 local counted, for_total, spoiled = 0, 0, {}
@@ -651,20 +652,22 @@ local function add(key, hits)
   table.insert(spoiled, {key, count.err})
 end
 
--- 1. Rehearse. Redis does not undo what a script has done before it fails. So all that
--- may fail (no right to a command, no memory, a key of a wrong type, a read-only replica)
--- must fail before the batch is noted. These lines run each command of step 2 in such a
--- way that it changes no count. What add() does is not rehearsed: it reports errors.
-local seen = redis.call('INCRBY', commit, 0)  -- number of the last batch noted
-redis.call('EXPIRE', commit, 24 * 60 * 60)
+-- 1. Rehearse. Redis does not undo what a script has done before it fails. So everything
+-- that may fail (no right to a command, no memory, a key of a wrong type, a read-only
+-- replica) must fail here, before the number of the batch is noted. For this, each
+-- command of step 2 is called once so that it changes no count: INCRBY by 0, and ZADD
+-- with XX, which adds no member. Only keys that add() increases are not tried, as add()
+-- goes on and reports.
+local seen = redis.call('INCRBY', noted, 0)  -- number of the last batch noted
+redis.call('EXPIRE', noted, 24 * 60 * 60)
 redis.call('EXISTS', other)
-redis.call('ZADD', rank, 'XX', 'INCR', 0, '')  -- XX adds no member
+redis.call('ZADD', rank, 'XX', 'INCR', 0, '')
 if keep_s > 0 then redis.call('ZADD', day_rank, 'XX', 'INCR', 0, '') end
 local urls = redis.call('ZCARD', rank)
 
--- 2. If this batch is new, note its number (by INCRBY, which was rehearsed), and count it.
+-- 2. If this batch is new, note its number, by the command that was tried, and count it.
 if sequence > seen then
-  redis.call('INCRBY', commit, sequence - seen)
+  redis.call('INCRBY', noted, sequence - seen)
   local near_the_cap = urls + batch > max_urls  -- only then it matters whether a URL is new
   for i = 1, batch do
     local key, hits = KEYS[6 + i], tonumber(ARGV[3 + i])
@@ -676,8 +679,9 @@ if sequence > seen then
       counted = counted + hits
       local url = key:sub(#'url_count:' + 1)
       -- The list gets the count itself, so that the two cannot drift apart. The total is
-      -- the sum of the list, and grows by hits. But an early version of this program had
-      -- counts and no list: such a URL, when it gets into the list, adds its whole count.
+      -- the sum of the list. It grows by hits, or by the whole count of a URL that is new
+      -- to the list. The two differ only if an early version of this program, which had
+      -- no list, has counted that URL before.
       local is_new = redis.call('ZADD', rank, count, url) == 1
       if is_new then for_total = for_total + count else for_total = for_total + hits end
       if keep_s > 0 then redis.call('ZADD', day_rank, 'INCR', hits, url) end
@@ -692,9 +696,9 @@ if sequence > seen then
   return {counted, redis.call('ZCARD', rank), spoiled}
 end
 
--- 3. If it is not new, its reply was lost, and is made again. What was counted? A URL that
--- has no key, under (other). All keys that can be increased, which is tried with 0 here.
--- The others could not be increased before, either, and add() reports them again.
+-- 3. This batch is not new: its reply was lost, and is made again. The hits of a URL that
+-- has no key were counted under (other). To see which hits were counted, add 0 to each
+-- key. If this works, they were. If not, they were not, and add() reports it once more.
 for i = 1, batch do
   local key, hits = KEYS[6 + i], tonumber(ARGV[3 + i])
   if redis.call('EXISTS', key) == 0 then key = other end
@@ -706,8 +710,9 @@ return {counted, urls, spoiled}
 
 def address_of(url: str) -> dict[str, Any]:
     """Where Redis is, in options of redis-py. Others, such as time-outs, are left out."""
-    # If the password is 12/34, redis-py reads redis://:12/34@host as port 12, and the log
-    # would show this. So no @ is taken after one of / ? #: these must be quoted.
+    # redis-py would read redis://:12/34@host, where 12/34 is the password, as port 12,
+    # and the log would show this. So an @ after one of / ? # is refused: in a password
+    # these must be percent-encoded.
     if re.search("(?s)://.*[/?#].*@", url):
         raise ValueError
     known = "connection_class|host|port|path|db|username|password"
@@ -721,7 +726,7 @@ class RedisStore:
         self.settings = settings
         self.instance = os.urandom(8).hex()
         address = address_of(settings.redis_url or LOCAL_REDIS)
-        address["protocol"] = 2  # RESP3 fails in redis-py's pool (its issue 4252)
+        address["protocol"] = 2  # by RESP3 a pool may lend a closed link (redis-py #4252)
         kind = address.pop("connection_class", Connection)
         # Commits have a connection outside the pool, so that readers cannot hold them up.
         # It needs no lock, as only GroupCommit's task uses it, for one command at a time,
@@ -733,8 +738,8 @@ class RedisStore:
         self.where = address.get("path") or f"{link.host}:{link.port}/{link.db}"
         reading = {**address, "socket_timeout": 1, "socket_connect_timeout": 1}
         reading["encoding_errors"] = SURROGATES
-        # Firewalls forget idle connections. So after any error a reader tries again: once,
-        # as is redis-py's default for retry_on_error.
+        # Firewalls forget idle connections. So after any error a reader tries again:
+        # once, as is redis-py's default for retry_on_error.
         reading["retry_on_error"] = [Exception]
         # A reader waits 5 s at most for one of 16. Lists use 8, so others get through.
         self.pool = BlockingConnectionPool(16, timeout=5, connection_class=kind, **reading)
@@ -749,15 +754,15 @@ class RedisStore:
     async def connect(self) -> None:
         """Connect to where the address leads now, and see if Redis takes commits."""
         await self.link.disconnect(nowait=True)
-        await self.pool.disconnect(inuse_connections=False)  # of readers, too
-        # This connects, and comes before the script because it is short. If a password is
-        # missing, Redis says so to a short command, but to a long one "Protocol error".
+        await self.pool.disconnect(inuse_connections=False)
+        # ping() connects. If a password is missing, Redis says so to a short command like
+        # this, but to a long one like the script it says "Protocol error".
         await self.ping()
         # A batch of number 0 is never new. So the script only rehearses.
         _, urls = await self.commit(0, {})
         if not urls:
             with suppress(redis.ResponseError):  # no right to look
-                # In 10,000 keys, for a Redis may have a billion that are not ours.
+                # Look through 10,000 keys only, as a Redis may have a billion of others.
                 _, counts = await self.call("SCAN", 0, "MATCH", "url_count:?*", "COUNT", 10_000)
                 if counts:
                     log_once("counts without a list: run tools/reindex.py", where=self.where)
@@ -832,7 +837,7 @@ class MemoryStore:
                 url = OTHER
             counts[url] += n
             today[url] += n
-        first_kept = utc_day(ago=self.settings.keep_days - 1)  # tomorrow, if none is kept
+        first_kept = utc_day(ago=self.settings.keep_days - 1)  # with 0 days this is tomorrow
         for day in self.counts.keys() - {ALL_TIME}:
             if day < first_kept:
                 del self.counts[day]
@@ -923,8 +928,9 @@ async def serve(settings: Namespace, listener: socket.socket) -> None:
             asyncio.get_running_loop().add_signal_handler(signum, stop.set)
     runner = web.AppRunner(
         create_app(settings),
-        # More than aiohttp's 8 kB and 128. Not much more, as 64 kB of slashes keep its router
-        # busy for 284 ms, and headers that have no end are held in memory.
+        # aiohttp's own limits are 8 kB and 128. Much higher ones would be no good: 64 kB
+        # of slashes keep its router busy for 284 ms, and headers without end fill the
+        # memory.
         max_line_size=16_384,
         max_field_size=16_384,
         max_headers=256,
@@ -938,21 +944,22 @@ async def serve(settings: Namespace, listener: socket.socket) -> None:
     log.info("started", page=site.name)
     await stop.wait()
     await runner.cleanup()
-    # All is saved. Without this, Python waits for a thread that asks a name server for the
-    # address of Redis, which can hang for long.
+    # All is saved. Without this, Python waits for a thread that asks a name server for
+    # the address of Redis, which can hang for long.
     os._exit(0)
 
 
 def prepare_process() -> None:
     """Streams, files, and the log: for people on a terminal, else in lines of JSON."""
-    # Give /dev/null to standard streams that are closed, until a file gets a number after
-    # theirs. Otherwise sockets would get their numbers, and libuv would abort at the end.
+    # If a standard stream is closed, the next file gets its number. If that were a
+    # socket, libuv would abort at the end. So open /dev/null until it gets a number above
+    # 2.
     while os.open(os.devnull, os.O_RDWR) < 3:
         pass
     os.set_blocking(2, True)  # or a slow reader of the log makes it lose lines
     # A client is an open file. macOS does not tell how many it allows: 10,240 at least.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    files = 10_240 if sys.platform == "darwin" else most
+    files = min(most, 10_240) if sys.platform == "darwin" else most
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
     render = structlog.dev.ConsoleRenderer() if os.isatty(2) else processors.JSONRenderer()
     stamps = (processors.add_log_level, processors.TimeStamper("iso"), processors.format_exc_info)
