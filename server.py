@@ -432,7 +432,7 @@ def summary(ms: list[float]) -> dict[str, float]:
 # request waits. When it is back, requests wait again, and each batch takes 128 kB of the
 # backlog along: so the backlog gets smaller however high the load is.
 PATIENCE = 1.0  # seconds that a commit may take while requests wait for it
-LONG_PATIENCE = 8.0  # seconds that an attempt to come back may take
+LONG_PATIENCE = 8.0  # seconds that it may take, and connecting, while no request waits
 TAKEN_ALONG = 128 * 1024  # bytes of the backlog in a batch: about 800 URLs, 5 ms of Redis
 BACKLOG_BYTES = 64 * 1024**2
 # With these Redis is there, but says no. Hits are held all the same.
@@ -507,12 +507,10 @@ class GroupCommit:
         while True:
             try:
                 if self.away:
-                    async with asyncio.timeout(LONG_PATIENCE):
-                        await self.come_back()
-                else:
-                    await self.wait_for_hits()
-                    async with asyncio.timeout(PATIENCE):
-                        await self.commit_batch()
+                    await self.come_back()
+                await self.wait_for_hits()
+                async with asyncio.timeout(PATIENCE):
+                    await self.commit_batch()
             except Exception as error:  # whatever it is, no hit may be lost
                 was_away = self.away
                 self.hold(error)
@@ -524,13 +522,15 @@ class GroupCommit:
 
         What is left of the backlog by then goes along with later batches.
         """
-        await self.store.connect()
+        async with asyncio.timeout(LONG_PATIENCE):
+            await self.store.connect()
         held = self.pending
-        quick = False
-        while not quick:
+        seconds = PATIENCE
+        while seconds > PATIENCE / 2:
             began = time.monotonic()
-            await self.commit_batch()
-            quick = time.monotonic() - began < PATIENCE / 2
+            async with asyncio.timeout(LONG_PATIENCE):
+                await self.commit_batch()
+            seconds = time.monotonic() - began
         event = "counting" if self.state == "starting" else "redis is back"
         log.info(event, where=self.store.where, held=held)
         self.state = "connected"
