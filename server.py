@@ -219,8 +219,8 @@ async def json_list(pages: Pages) -> AsyncIterator[bytes]:
     comma = ""
     try:
         async for rows in pages:
-            objects = [{"count": count, "url": url} for url, count in rows]
-            yield f"{comma}{json.dumps(objects)[1:-1]}".encode()  # [1:-1]: without brackets
+            objects = (f'{{"count": {count}, "url": {json_string(url)}}}' for url, count in rows)
+            yield (comma + ", ".join(objects)).encode()
             comma = ", "
     except Exception as error:
         log.error("a list is broken off", error=str(error))
