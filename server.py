@@ -263,7 +263,7 @@ async def start_test_run(request: Request) -> Response:
 
 
 def from_another_site(headers: Mapping[str, str]) -> bool:
-    """Whether a page of another site made a browser send this."""
+    """Whether a page of another site made a browser send this. The rule of Go's net/http."""
     if "Sec-Fetch-Site" in headers:  # browsers send it since 2023
         return headers["Sec-Fetch-Site"] not in ("same-origin", "none")
     host = headers.get("Host")
