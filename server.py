@@ -185,17 +185,18 @@ async def stats(request: Request) -> Response:
     limit = number(request.query, "limit", NO_LIMIT)
     offset = number(request.query, "offset", 0)
     day = day_asked_for(request)
+    # The first page is read here, so that a failure can be a 503. aiohttp reads the others
+    # while it sends the list, and none for HEAD.
     with store_for_reading(request) as store:
         hits, urls = await store.totals(day)
-    headers = {**HEADERS, "X-Total-Hits": str(hits)}
-    # The pages are read while aiohttp sends the list. Failures are in json_list() then,
-    # and not in the with above.
-    if request.query.get("contains"):
-        pages = matching(request, store.ranked(day, 0, NO_LIMIT), offset, limit)
-    else:
-        headers["X-Total-Count"] = str(urls)
-        pages = store.ranked(day, offset, limit)
-    return Response(body=json_list(pages), headers=headers)
+        headers = {**HEADERS, "X-Total-Hits": str(hits)}
+        if request.query.get("contains"):
+            pages = matching(request, store.ranked(day, 0, NO_LIMIT), offset, limit)
+        else:
+            headers["X-Total-Count"] = str(urls)
+            pages = store.ranked(day, offset, limit)
+        first: Rows = await anext(pages, [])
+    return Response(body=json_list(first, pages), headers=headers)
 
 
 async def matching(request: Request, pages: Pages, to_skip: int, to_pass: int) -> Pages:
@@ -213,19 +214,17 @@ async def matching(request: Request, pages: Pages, to_skip: int, to_pass: int) -
             return
 
 
-async def json_list(pages: Pages) -> AsyncIterator[bytes]:
-    """If a page cannot be read, this raises, and so aiohttp breaks the connection off."""
-    yield b"["
-    comma = ""
-    try:
-        async for rows in pages:
-            objects = (f'{{"count": {count}, "url": {json_string(url)}}}' for url, count in rows)
-            yield (comma + ", ".join(objects)).encode()
-            comma = ", "
-    except Exception as error:
-        log.error("a list is broken off", error=str(error))
-        raise
+async def json_list(first: Rows, more: Pages) -> AsyncIterator[bytes]:
+    """The list, a page at a time. If this raises, aiohttp breaks the connection off."""
+    yield b"[" + json_rows(first)
+    async for rows in more:
+        yield b", " + json_rows(rows)
     yield b"]\n"
+
+
+def json_rows(rows: Rows) -> bytes:
+    objects = (f'{{"count": {count}, "url": {json_string(url)}}}' for url, count in rows)
+    return ", ".join(objects).encode()
 
 
 async def stats_of_url(request: Request) -> Response:
@@ -264,8 +263,9 @@ async def start_test_run(request: Request) -> Response:
 
 def from_another_site(headers: Mapping[str, str]) -> bool:
     """Whether a page of another site made a browser send this. The rule of Go's net/http."""
-    if "Sec-Fetch-Site" in headers:  # browsers send it since 2023
-        return headers["Sec-Fetch-Site"] not in ("same-origin", "none")
+    site = headers.get("Sec-Fetch-Site")  # browsers send it since 2023
+    if site:
+        return site not in ("same-origin", "none")
     host = headers.get("Host")
     return headers.get("Origin") not in (None, f"http://{host}", f"https://{host}")
 
@@ -338,13 +338,10 @@ def day_asked_for(request: Request) -> str:
     """A UTC day, as in 2026-11-26; without a ?day= it is ALL_TIME."""
     day = request.query.get("day", ALL_TIME)
     day = {"today": utc_day(), "yesterday": utc_day(ago=1)}.get(day, day)
-    try:
-        known = day == ALL_TIME or str(date.fromisoformat(day)) == day  # not 20261126
-    except ValueError:
-        known = False
-    if not known:
-        raise web.HTTPBadRequest(text=f"day is {day!r}: use today, yesterday or 2026-11-26")
-    return day
+    with suppress(ValueError):
+        if day == ALL_TIME or str(date.fromisoformat(day)) == day:  # not 20261126
+            return day
+    raise web.HTTPBadRequest(text=f"day is {day!r}: use today, yesterday or 2026-11-26")
 
 
 async def send_100_continue(request: Request) -> None:
@@ -698,11 +695,11 @@ end
 
 -- 3. This batch is not new: its reply was lost, and is made again. The hits of a URL that
 -- has no key were counted under (other). To see which hits were counted, add 0 to each
--- key. If this works, they were. If not, they were not, and add() reports it once more.
+-- key that there is. If this works, they were. If not, add() reports it once more.
 for i = 1, batch do
   local key, hits = KEYS[6 + i], tonumber(ARGV[3 + i])
   if redis.call('EXISTS', key) == 0 then key = other end
-  if add(key, 0) then counted = counted + hits end
+  if redis.call('EXISTS', key) == 0 or add(key, 0) then counted = counted + hits end
 end
 return {counted, urls, spoiled}
 """
@@ -710,10 +707,10 @@ return {counted, urls, spoiled}
 
 def address_of(url: str) -> dict[str, Any]:
     """Where Redis is, in options of redis-py. Others, such as time-outs, are left out."""
-    # redis-py would read redis://:12/34@host, where 12/34 is the password, as port 12,
-    # and the log would show this. So an @ after one of / ? # is refused: in a password
-    # these must be percent-encoded.
-    if re.search("(?s)://.*[/?#].*@", url):
+    # redis-py would read redis://:12/34@host, where 12/34 is the password, as port 12, and
+    # the log would show this. So after the host no @ is let through, and nowhere a #: in a
+    # password / ? # must be percent-encoded.
+    if not re.fullmatch(r"\w+://[^/?#]*([/?][^@#]*)?", url):
         raise ValueError
     known = "connection_class|host|port|path|db|username|password"
     known += "|ssl_(ca_certs|certfile|keyfile|cert_reqs|check_hostname)"

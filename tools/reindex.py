@@ -89,9 +89,9 @@ def index(client: redis.Redis, keys: list[bytes]) -> list[bytes]:
 
 def connect(url: str) -> redis.Redis:
     """A client for the address in url. Raises what redis-py likes if that is no good."""
-    # An @ after one of / ? # is the end of a password that has it unquoted. redis-py would take
-    # the beginning of that for the host, which is shown.
-    if re.search("(?s)://.*[/?#].*@", url):
+    # redis-py would read redis://:12/34@host, where 12/34 is the password, as port 12, and this
+    # would be shown. So after the host no @ is let through, and nowhere a #.
+    if not re.fullmatch(r"\w+://[^/?#]*([/?][^@#]*)?", url):
         raise ValueError
     said: dict[str, Any] = parse_url(url)  # type: ignore[no-untyped-call]
     options = {name: said[name] for name in PLACE + TLS if name in said}
