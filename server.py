@@ -169,9 +169,9 @@ async def count_and_guard(request: Request, handler: Handler) -> StreamResponse:
 def answer(data: object, status: int = 200, **more_headers: str) -> Response:
     if status in (429, 503):
         more_headers["Retry-After"] = "1"
+    body = json.dumps(data).encode() + b"\n"
     # HEADERS come last, because those of an aiohttp exception say that it is plain text.
-    headers = {**more_headers, **HEADERS}
-    return Response(body=json.dumps(data).encode() + b"\n", status=status, headers=headers)
+    return Response(body=body, status=status, headers={**more_headers, **HEADERS})
 
 
 async def api(request: Request) -> Response:
@@ -223,8 +223,9 @@ async def json_list(first: Rows, more: Pages) -> AsyncIterator[bytes]:
 
 
 def json_rows(rows: Rows) -> bytes:
-    objects = (f'{{"count": {count}, "url": {json_string(url)}}}' for url, count in rows)
-    return ", ".join(objects).encode()
+    return ", ".join(
+        f'{{"count": {count}, "url": {json_string(url)}}}' for url, count in rows
+    ).encode()
 
 
 async def stats_of_url(request: Request) -> Response:
@@ -620,7 +621,7 @@ def size_of(url: str) -> int:
 # Redis and memory answer to the same methods. Keys in Redis:
 #   url_count:<url>         the count of one URL
 #   url_rank                sorted set: the same counts in order, for lists and ranks
-#   url_total               the sum of all counts
+#   url_total               the sum of url_rank
 #   url_rank:2026-11-26, url_total:2026-11-26   hits of one UTC day. Both expire KEEP_DAYS
 #                           days after the last hit of that day
 #   url_commit:<instance>   number of the last batch that one server has sent. It expires
@@ -887,9 +888,9 @@ async def choose_store(settings: Namespace) -> Store:
         return MemoryStore(settings)
 
 
-async def open_store(settings: Namespace, app: web.Application) -> AsyncIterator[None]:
+async def open_store(app: web.Application) -> AsyncIterator[None]:
     """The life of the store and of GroupCommit, around that of the application."""
-    store = await choose_store(settings)
+    store = await choose_store(app[SETTINGS])
     commits = app[GROUP_COMMIT] = GroupCommit(store)
     task = asyncio.create_task(commits.run())
     for _ in range(100):  # look for a second at most, so that /stats/ works at once
@@ -913,7 +914,7 @@ def create_app(settings: Namespace) -> web.Application:
     app[SETTINGS] = settings
     app[TEST_RUN] = asyncio.Lock()
     app.add_routes(ROUTES.values())
-    app.cleanup_ctx.append(partial(open_store, settings))
+    app.cleanup_ctx.append(open_store)
     return app
 
 
@@ -947,10 +948,8 @@ async def serve(settings: Namespace, listener: socket.socket) -> None:
 
 
 def prepare_process() -> None:
-    """Streams, files, and the log: for people on a terminal, else in lines of JSON."""
-    # If a standard stream is closed, the next file gets its number. If that were a
-    # socket, libuv would abort at the end. So open /dev/null until it gets a number above
-    # 2.
+    # If a standard stream is closed, the next file gets its number. If that were a socket,
+    # libuv would abort at the end. So open /dev/null until its number is above 2.
     while os.open(os.devnull, os.O_RDWR) < 3:
         pass
     os.set_blocking(2, True)  # or a slow reader of the log makes it lose lines
@@ -958,6 +957,10 @@ def prepare_process() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = min(most, 10_240) if sys.platform == "darwin" else most
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
+
+
+def configure_logging() -> None:
+    """For people on a terminal, else in lines of JSON."""
     render = structlog.dev.ConsoleRenderer() if os.isatty(2) else processors.JSONRenderer()
     stamps = (processors.add_log_level, processors.TimeStamper("iso"), processors.format_exc_info)
     # The standard library's loggers survive a log that cannot be written (a full disk).
@@ -969,6 +972,7 @@ def prepare_process() -> None:
 def main() -> None:
     settings = read_settings(sys.argv[1:])
     prepare_process()
+    configure_logging()
     ipv6 = ":" in settings.host
     family = socket.AF_INET6 if ipv6 else socket.AF_INET
     address = (settings.host, settings.port)

@@ -23,7 +23,7 @@ from pathlib import Path
 import redis
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from server import LONG_PATIENCE, RedisStore, prepare_process, read_settings
+from server import LONG_PATIENCE, RedisStore, configure_logging, read_settings
 
 
 class LogError(Exception):
@@ -84,7 +84,7 @@ def main() -> None:
     if not os.environ.get("REDIS_URL"):
         sys.exit("recover.py: set REDIS_URL to the Redis that shall have the hits")
     settings = read_settings([])
-    prepare_process()
+    configure_logging()
     try:
         batches = batches_in(Path(sys.argv[1]))
     except OSError as error:
