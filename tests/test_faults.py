@@ -333,23 +333,25 @@ async def test_what_does_not_count_is_not_in_the_metric(
 
 async def test_a_reply_that_was_lost_is_made_again_as_it_was(redis_server: RedisServer) -> None:
     """Also if hits beyond MAX_URLS could not be counted."""
-    store = server.RedisStore(settings_of(redis_server.url, max_urls=1))
-    await store.commit(1, {"/api/known/": 1})
-    redis_server.client.rpush("url_count:(other)", "no number")
-    hits = {"/api/known/": 2, "/api/new/": 3}
-    assert await store.commit(2, hits) == (2, 1)
-    assert await store.commit(2, hits) == (2, 1)
-    await store.close()
+    async with AsyncExitStack() as stack:
+        store = server.RedisStore(settings_of(redis_server.url, max_urls=1))
+        stack.push_async_callback(store.close)
+        await store.commit(1, {"/api/known/": 1})
+        redis_server.client.rpush("url_count:(other)", "no number")
+        hits = {"/api/known/": 2, "/api/new/": 3}
+        assert await store.commit(2, hits) == (2, 1)
+        assert await store.commit(2, hits) == (2, 1)
 
 
 async def test_a_reply_that_is_made_again_makes_no_key(redis_server: RedisServer) -> None:
     """Of a URL whose key hands have deleted in between."""
-    store = server.RedisStore(settings_of(redis_server.url))
-    assert await store.commit(1, {"/api/a/": 1}) == (1, 1)
-    redis_server.client.delete("url_count:/api/a/")
-    assert await store.commit(1, {"/api/a/": 1}) == (1, 1)
-    assert redis_server.client.keys("url_count:*") == []
-    await store.close()
+    async with AsyncExitStack() as stack:
+        store = server.RedisStore(settings_of(redis_server.url))
+        stack.push_async_callback(store.close)
+        assert await store.commit(1, {"/api/a/": 1}) == (1, 1)
+        redis_server.client.delete("url_count:/api/a/")
+        assert await store.commit(1, {"/api/a/": 1}) == (1, 1)
+        assert redis_server.client.keys("url_count:*") == []
 
 
 async def test_two_servers_with_other_bounds_count_into_one_redis(
