@@ -89,7 +89,7 @@ def read_settings(arguments: list[str]) -> Namespace:
     parser.add_argument("--version", action="version", version=__version__)
     for variable, default, limits, meaning in OPTIONS:
         flag = "--" + variable.lower().replace("_", "-")
-        given = os.environ.get(variable) or default  # argparse checks it, as it is text
+        given = os.environ.get(variable) or default  # if it is text, argparse checks it
         kind = partial(whole_number, variable, *limits) if limits else str
         parser.add_argument(flag, default=given, type=kind, help=f"{default or 'unset'}; {meaning}")
     settings, unknown = parser.parse_known_args(arguments)
@@ -115,7 +115,7 @@ def whole_number(name: str, lowest: int, highest: int, text: str) -> int:
 # --- Middleware and handlers ------------------------------------------------------------
 # The one middleware counts. A handler parses, asks the store, answers.
 SETTINGS = web.AppKey("settings", Namespace)
-GROUP_COMMIT: "web.AppKey[GroupCommit]" = web.AppKey("group_commit")  # defined later
+GROUP_COMMIT: "web.AppKey[GroupCommit]" = web.AppKey("group_commit")  # a class below
 STARTED = time.monotonic()
 TEST_RUN = web.AppKey("test_run", asyncio.Lock)  # is held by the test run under way
 COUNTED_AS = web.RequestKey("counted_as", str)  # like an AppKey, but of one request
@@ -154,7 +154,7 @@ async def count_and_guard(request: Request, handler: Handler) -> StreamResponse:
     except web.HTTPException as error:
         texts = {404: NOT_HERE, 405: f"use {error.headers.get('Allow')} here"}
         told = texts.get(error.status, error.text)
-        response = answer({"error": told}, error.status, **error.headers)
+        response = answer({"error": told}, error.status, error.headers)
     except StoreError as error:
         response = answer({"error": str(error)}, 503)
     except Exception:
@@ -166,12 +166,12 @@ async def count_and_guard(request: Request, handler: Handler) -> StreamResponse:
     return response
 
 
-def answer(data: object, status: int = 200, **more_headers: str) -> Response:
-    if status in (429, 503):
-        more_headers["Retry-After"] = "1"
-    body = json.dumps(data).encode() + b"\n"
+def answer(data: object, status: int = 200, more: Mapping[str, str] = HEADERS) -> Response:
     # HEADERS come last, because those of an aiohttp exception say that it is plain text.
-    return Response(body=body, status=status, headers={**more_headers, **HEADERS})
+    headers = {**more, **HEADERS}
+    if status in (429, 503):
+        headers["Retry-After"] = "1"
+    return Response(body=json.dumps(data).encode() + b"\n", status=status, headers=headers)
 
 
 async def api(request: Request) -> Response:
@@ -183,7 +183,7 @@ async def api(request: Request) -> Response:
 async def stats(request: Request) -> Response:
     refuse_unknown(request, "limit", "offset", "day", "contains")
     limit = number(request.query, "limit", NO_LIMIT)
-    offset = number(request.query, "offset", 0)
+    offset = number(request.query, "offset")
     day = day_asked_for(request)
     # The first page is read here, so that a failure can be a 503. aiohttp reads the others
     # while it sends the list, and none for HEAD.
@@ -209,7 +209,8 @@ async def matching(request: Request, pages: Pages, to_skip: int, to_pass: int) -
             yield passed
         to_skip = max(0, to_skip - len(found))
         to_pass -= len(passed)
-        # If nothing is found, nothing is sent, and a client that has gone is not noticed.
+        # While nothing is found, nothing is sent. So aiohttp does not notice that a client
+        # has gone, but its transport is None then.
         if not to_pass or request.transport is None:
             return
 
@@ -247,7 +248,7 @@ async def start_test_run(request: Request) -> Response:
         raise web.HTTPForbidden(text="test runs are off: MAX_TEST_REQUESTS is 0")
     if from_another_site(request.headers):
         raise web.HTTPForbidden(text=OTHER_SITE)
-    n = number(request.match_info, "n", 1, (1, most))
+    n = number(request.match_info, "n", limits=(1, most))
     concurrency = number(request.query, "concurrency", 32, (1, 256))
     seed = number(request.query, "seed", random.getrandbits(30))
     if request.app[TEST_RUN].locked():
@@ -263,7 +264,7 @@ async def start_test_run(request: Request) -> Response:
 
 
 def from_another_site(headers: Mapping[str, str]) -> bool:
-    """Whether a page of another site made a browser send this. The rule of Go's net/http."""
+    """Whether a page of another site made a browser send this (as Go's net/http tells it)."""
     site = headers.get("Sec-Fetch-Site")  # browsers send it since 2023
     if site:
         return site not in ("same-origin", "none")
@@ -328,7 +329,9 @@ def refuse_unknown(request: Request, *known: str) -> None:
             raise web.HTTPBadRequest(text=f"{name!r} is not known: use {', '.join(known)}")
 
 
-def number(given: Mapping[str, str], name: str, default: int, limits: tuple[int, int] = ANY) -> int:
+def number(
+    given: Mapping[str, str], name: str, default: int = 0, limits: tuple[int, int] = ANY
+) -> int:
     try:
         return whole_number(name, *limits, given[name]) if name in given else default
     except ArgumentTypeError as error:
@@ -363,7 +366,7 @@ ROUTES = {
     "/api/...": web.route("*", "/api/{tail:(?s:.*)}", api),
 }
 ROUTE_NAMES = {route.handler: name for name, route in ROUTES.items()}
-for route in ROUTES.values():  # kwargs is what add_routes() will pass on to add_route()
+for route in ROUTES.values():  # the same as expect_handler=... in each line above
     route.kwargs["expect_handler"] = send_100_continue
 
 
@@ -430,7 +433,7 @@ def summary(ms: list[float]) -> dict[str, float]:
 # request waits. When it is back, requests wait again, and each batch takes 128 kB of the
 # backlog along: so the backlog gets smaller however high the load is.
 PATIENCE = 1.0  # seconds that a commit may take while requests wait for it
-LONG_PATIENCE = 8.0  # seconds that it may take, and connecting, while no request waits
+LONG_PATIENCE = 8.0  # seconds for a commit, and for connecting, while no request waits
 TAKEN_ALONG = 128 * 1024  # bytes of the backlog in a batch: about 800 URLs, 5 ms of Redis
 BACKLOG_BYTES = 64 * 1024**2
 # With these Redis is there, but says no. Hits are held all the same.
@@ -455,9 +458,9 @@ class GroupCommit:
     When the store fails, the open batch goes to the backlog, and sent is kept, to be sent
     again. As all hits are held then, all requests are answered, and none waits any more.
 
-    Each batch has a number. It is sent again under this number, unchanged, until the store
-    has confirmed it, and the store counts each number of a server once. A server that is
-    stopped before that logs the batch and its number, and tools/recover.py sends it.
+    A server numbers its batches. Each is sent again under its number, unchanged, until the
+    store has confirmed it, and the store takes no number twice. A server that is stopped
+    before that logs the batch and its number, and tools/recover.py sends it.
     """
 
     def __init__(self, store: Store) -> None:
@@ -482,9 +485,8 @@ class GroupCommit:
 
     async def hit(self, url: str) -> None:
         """Add a hit. Returns when the store has it or, while that is away, at once."""
-        # While the backlog is full, only URLs that are in it get more hits. This holds
-        # while the store is connected, too, as the open batch goes to the backlog if it
-        # fails.
+        # A full backlog takes no new URL, and neither does the open batch then: the store
+        # may be back, but if it fails again, the open batch goes to the backlog.
         if self.backlog_bytes >= BACKLOG_BYTES and url not in self.backlog:
             raise StoreError("too many URLs wait for Redis: try again later")
         self.pending += 1
@@ -492,9 +494,9 @@ class GroupCommit:
             if url not in self.backlog:
                 self.backlog_bytes += size_of(url)
             self.backlog[url] += 1
-            return  # run() looks at pending, and needs no wake
+            return  # no wake: run() does not wait for hits while the store is away
         self.open_batch[url] += 1
-        # Each request has its own, so that one that is cancelled does not cancel others.
+        # A waiter for each request, so that one that is cancelled does not cancel others.
         waiter: asyncio.Future[None] = asyncio.Future()
         self.open_waiters.append(waiter)
         self.wake.set()
@@ -510,10 +512,9 @@ class GroupCommit:
                 async with asyncio.timeout(PATIENCE):
                     await self.commit_batch()
             except Exception as error:  # whatever it is, no hit may be lost
-                was_away = self.away
+                pause = 0.1 if self.away else 0  # the first failure is tried again at once
                 self.hold(error)
-                if was_away:  # a pause between attempts, but none after the first failure
-                    await asyncio.sleep(0.1)
+                await asyncio.sleep(pause)
 
     async def come_back(self) -> None:
         """Connect, and commit until a batch is quick. Then requests can wait for the store.
@@ -523,14 +524,13 @@ class GroupCommit:
         async with asyncio.timeout(LONG_PATIENCE):
             await self.store.connect()
         held = self.pending
-        seconds = PATIENCE
-        while seconds > PATIENCE / 2:
+        while True:
             began = time.monotonic()
             async with asyncio.timeout(LONG_PATIENCE):
                 await self.commit_batch()
-            seconds = time.monotonic() - began
-        event = "counting" if self.state == "starting" else "redis is back"
-        log.info(event, where=self.store.where, held=held)
+            if time.monotonic() - began < PATIENCE / 2:
+                break
+        log.info("counting", where=self.store.where, held=held)
         self.state = "connected"
 
     async def wait_for_hits(self) -> None:
@@ -551,7 +551,7 @@ class GroupCommit:
             self.close_batch()
         with COMMIT_SECONDS.time():
             counted, urls = await self.store.commit(self.sequence, self.sent)
-        self.pending -= self.sent.total()  # what it could not count, the store has logged
+        self.pending -= self.sent.total()  # all: the store has logged what it cannot count
         self.sent = Counter()
         self.release(self.sent_waiters)
         HITS.inc(counted)
@@ -625,13 +625,10 @@ def size_of(url: str) -> int:
 #   url_rank:2026-11-26, url_total:2026-11-26   hits of one UTC day. Both expire KEEP_DAYS
 #                           days after the last hit of that day
 #   url_commit:<instance>   number of the last batch that one server has sent. It expires
-#                           after 24 hours. A batch that is sent again later than that may
-#                           be counted twice.
+#                           after 24 hours: a batch that is sent again later than that may
+#                           be counted twice
 # If url_rank and url_total are lost, tools/reindex.py makes them again from the counts.
 OTHER = "(other)"
-# Bytes of a path that are no UTF-8 come as surrogates from aiohttp's parser in Python.
-# (Its usual parser, in C, leaves them percent-encoded.) In Redis they are bytes again.
-SURROGATES = "surrogateescape"
 LIST_PAGE = 200  # URLs read at a time: so many stay in memory if a client stops reading
 SPOILED = prometheus.Counter("url_keys_refused", "Times that a key could not be increased")
 
@@ -650,20 +647,20 @@ local function add(key, hits)
   table.insert(spoiled, {key, count.err})
 end
 
--- 1. Rehearse. Redis does not undo what a script has done before it fails. So everything
--- that may fail (no right to a command, no memory, a key of a wrong type, a read-only
--- replica) must fail here, before the number of the batch is noted. For this, each
--- command of step 2 is called once so that it changes no count: INCRBY by 0, and ZADD
--- with XX, which adds no member. Only keys that add() increases are not tried, as add()
--- goes on and reports.
-local seen = redis.call('INCRBY', noted, 0)  -- number of the last batch noted
+-- 1. Rehearse. Redis does not undo what a script has done before it fails. So whatever
+-- Redis may refuse (a command without the right to it, a write when memory is full or on
+-- a read-only replica, a key of a wrong type), it must refuse here, before the number of
+-- the batch is noted. For this, each command of step 2 is called in a way that changes no
+-- count: INCRBY by 0, and ZADD with XX, which adds no member. Only the keys that add()
+-- increases are left out, since a refusal there is reported.
+local seen = redis.call('INCRBY', noted, 0)  -- number of the last batch that was counted
 redis.call('EXPIRE', noted, 24 * 60 * 60)
 redis.call('EXISTS', other)
 redis.call('ZADD', rank, 'XX', 'INCR', 0, '')
 if keep_s > 0 then redis.call('ZADD', day_rank, 'XX', 'INCR', 0, '') end
 local urls = redis.call('ZCARD', rank)
 
--- 2. If this batch is new, note its number, by the command that was tried, and count it.
+-- 2. If this batch is new, note its number, and count it.
 if sequence > seen then
   redis.call('INCRBY', noted, sequence - seen)
   local near_the_cap = urls + batch > max_urls  -- only then it matters whether a URL is new
@@ -676,10 +673,10 @@ if sequence > seen then
     if count then
       counted = counted + hits
       local url = key:sub(#'url_count:' + 1)
-      -- The list gets the count itself, so that the two cannot drift apart. The total is
-      -- the sum of the list. It grows by hits, or by the whole count of a URL that is new
-      -- to the list. The two differ only if an early version of this program, which had
-      -- no list, has counted that URL before.
+      -- The list gets the count itself, so it cannot drift away from it. The total is the
+      -- sum of the list: it grows by these hits, or by the whole count if the URL is new
+      -- to the list. (An early version of this program, which had no list, may have
+      -- counted that URL before: then its count is more than these hits.)
       local is_new = redis.call('ZADD', rank, count, url) == 1
       if is_new then for_total = for_total + count else for_total = for_total + hits end
       if keep_s > 0 then redis.call('ZADD', day_rank, 'INCR', hits, url) end
@@ -694,13 +691,15 @@ if sequence > seen then
   return {counted, redis.call('ZCARD', rank), spoiled}
 end
 
--- 3. This batch is not new: its reply was lost, and is made again. The hits of a URL that
--- has no key were counted under (other). To see which hits were counted, add 0 to each
--- key that there is. If this works, they were. If not, add() reports it once more.
+-- 3. This batch has been counted, but the reply was lost on its way to the server, which
+-- sent the batch again. So make the same reply, and count nothing. Hits of a URL that has
+-- no key went to (other). A key that takes 0 more has taken the hits, too; of one that
+-- does not, add() reports the reason again.
 for i = 1, batch do
   local key, hits = KEYS[6 + i], tonumber(ARGV[3 + i])
   if redis.call('EXISTS', key) == 0 then key = other end
-  if redis.call('EXISTS', key) == 0 or add(key, 0) then counted = counted + hits end
+  local deleted = redis.call('EXISTS', key) == 0  -- by hand, since then
+  if deleted or add(key, 0) then counted = counted + hits end
 end
 return {counted, urls, spoiled}
 """
@@ -708,9 +707,9 @@ return {counted, urls, spoiled}
 
 def address_of(url: str) -> dict[str, Any]:
     """Where Redis is, in options of redis-py. Others, such as time-outs, are left out."""
-    # redis-py would read redis://:12/34@host, where 12/34 is the password, as port 12, and
-    # the log would show this. So after the host no @ is let through, and nowhere a #: in a
-    # password / ? # must be percent-encoded.
+    # In redis://:12/34@host the password is 12/34, but redis-py would take 12 for a port,
+    # and the log would show it. So no @ may follow on a / or ?, and a # may stand nowhere.
+    # (In a password these three must be percent-encoded.)
     if not re.fullmatch(r"\w+://[^/?#]*([/?][^@#]*)?", url):
         raise ValueError
     known = "connection_class|host|port|path|db|username|password"
@@ -727,17 +726,17 @@ class RedisStore:
         address["protocol"] = 2  # by RESP3 a pool may lend a closed link (redis-py #4252)
         kind = address.pop("connection_class", Connection)
         # Commits have a connection outside the pool, so that readers cannot hold them up.
-        # It needs no lock, as only GroupCommit's task uses it, for one command at a time,
-        # and no time-out, as that task has one. This is how redis-py's Connection works:
+        # It needs no lock, as only one task uses it, for one command at a time, and no
+        # time-out, as that task has one. This is how redis-py's Connection works:
         # send_packed_command() connects if need be, and sends once. If it or
         # read_response() fails or is cancelled, the connection is closed. So a late reply
         # is never taken for that of the next command (tests/test_faults.py tries it).
         self.link = link = kind(socket_timeout=None, **address)
         self.where = address.get("path") or f"{link.host}:{link.port}/{link.db}"
         reading = {**address, "socket_timeout": 1, "socket_connect_timeout": 1}
-        reading["encoding_errors"] = SURROGATES
-        # Firewalls forget idle connections. So after any error a reader tries again:
-        # once, as is redis-py's default for retry_on_error.
+        reading["encoding_errors"] = "replace"  # as in commit()
+        # Firewalls forget idle connections. So after any error a reader tries again. With
+        # this option alone, redis-py does so once, without a pause.
         reading["retry_on_error"] = [Exception]
         # A reader waits 5 s at most for one of 16. Lists use 8, so others get through.
         self.pool = BlockingConnectionPool(16, timeout=5, connection_class=kind, **reading)
@@ -761,8 +760,8 @@ class RedisStore:
         if not urls:
             with suppress(redis.ResponseError):  # no right to look
                 # Look through 10,000 keys only, as a Redis may have a billion of others.
-                _, counts = await self.call("SCAN", 0, "MATCH", "url_count:?*", "COUNT", 10_000)
-                if counts:
+                _, found = await self.call("SCAN", 0, "MATCH", "url_count:?*", "COUNT", 10_000)
+                if found:
                     log_once("counts without a list: run tools/reindex.py", where=self.where)
 
     async def ping(self) -> None:
@@ -776,7 +775,9 @@ class RedisStore:
         keys = [f"url_commit:{self.instance}", "url_rank", "url_total", f"url_count:{OTHER}"]
         keys += [f"url_rank:{day}", f"url_total:{day}", *(f"url_count:{url}" for url in hits)]
         keep = self.settings.keep_days * 86_400
-        names = [key.encode(errors=SURROGATES) for key in keys]
+        # Bytes of a path that are no UTF-8 stay percent-encoded in aiohttp's usual parser.
+        # That in Python makes surrogates of them, which count as "?".
+        names = [key.encode(errors="replace") for key in keys]
         numbers = [sequence, self.settings.max_urls, keep, *hits.values()]
         counted, urls, spoiled = await self.call("EVAL", COMMIT, len(keys), *names, *numbers)
         for key, error in spoiled:
@@ -823,9 +824,10 @@ class MemoryStore:
         self.settings = settings
         self.counts: dict[str, Counter[str]] = {ALL_TIME: Counter()}  # and for each day
 
-    async def connect(self) -> None: ...
+    async def connect(self) -> None:
+        """Memory is always there."""
 
-    ping = close = connect  # memory is always there
+    ping = close = connect
 
     async def commit(self, sequence: int, hits: Mapping[str, int]) -> tuple[int, int]:
         counts = self.counts[ALL_TIME]
@@ -849,7 +851,7 @@ class MemoryStore:
         counts = self.counts.get(day, Counter())
         if url not in counts:
             return None
-        ahead = sum((n, other) > (counts[url], url) for other, n in counts.items())
+        ahead = sum((n, each) > (counts[url], url) for each, n in counts.items())
         return counts[url], ahead + 1
 
     async def ranked(self, day: str, offset: int, limit: int) -> Pages:
@@ -870,14 +872,14 @@ def utc_day(ago: int = 0) -> str:
 
 
 # --- Start and stop ---------------------------------------------------------------------
-# The first request is answered when the store is connected, or a second later. The store
+# No request is answered before the store is connected, or a second has passed. The store
 # closes when all requests are answered, and their hits are committed or in the log.
 async def choose_store(settings: Namespace) -> Store:
     """Redis. But if REDIS_URL is not set, and there is no local Redis to use, memory."""
     store = RedisStore(settings)
     try:
         if not settings.redis_url:
-            await asyncio.wait_for(store.connect(), 1)
+            await asyncio.wait_for(store.connect(), 1)  # to see; GroupCommit does it again
         return store
     except Exception as error:  # whatever it is that answers there
         await store.close()
@@ -926,9 +928,9 @@ async def serve(settings: Namespace, listener: socket.socket) -> None:
             asyncio.get_running_loop().add_signal_handler(signum, stop.set)
     runner = web.AppRunner(
         create_app(settings),
-        # aiohttp's own limits are 8 kB and 128. Much higher ones would be no good: 64 kB
-        # of slashes keep its router busy for 284 ms, and headers without end fill the
-        # memory.
+        # Many cookies exceed aiohttp's own limits, 8 kB and 128. Much higher ones would be
+        # no good: 64 kB of slashes keep its router busy for 284 ms, and headers without
+        # end fill the memory.
         max_line_size=16_384,
         max_field_size=16_384,
         max_headers=256,
