@@ -62,7 +62,7 @@ __version__ = "2.0.0"
 log = structlog.get_logger()
 
 
-@lru_cache(1000)  # called again with the same words, it does nothing
+@lru_cache(1000)  # a line that is in the cache is not logged again
 def log_once(event: str, **facts: str) -> None:
     log.error(event, **facts)
 
@@ -89,7 +89,7 @@ def read_settings(arguments: list[str]) -> Namespace:
     parser.add_argument("--version", action="version", version=__version__)
     for variable, default, limits, meaning in OPTIONS:
         flag = "--" + variable.lower().replace("_", "-")
-        given = os.environ.get(variable) or default  # if it is text, argparse checks it
+        given = os.environ.get(variable) or default  # argparse checks it if it is text
         kind = partial(whole_number, variable, *limits) if limits else str
         parser.add_argument(flag, default=given, type=kind, help=f"{default or 'unset'}; {meaning}")
     settings, unknown = parser.parse_known_args(arguments)
@@ -143,35 +143,39 @@ class StoreError(Exception):
 async def count_and_guard(request: Request, handler: Handler) -> StreamResponse:
     """Count a request under /api/, answer errors in JSON, note how long it took."""
     began = time.perf_counter()
+    endpoint = request.match_info.route.handler
     try:
-        # As there is no other middleware, handler is the route's function itself.
-        if handler is api:
+        if endpoint is api:
             if len(request.path) > 2048:
                 raise web.HTTPRequestURITooLong(text="a path has at most 2,048 characters")
             url = request[COUNTED_AS] = request.path.removesuffix("/") + "/"
             await request.app[GROUP_COMMIT].hit(url)
         response = await handler(request)
+    except web.HTTPNotFound:
+        response = answer({"error": NOT_HERE}, 404)
+    except web.HTTPMethodNotAllowed as error:
+        allowed = error.headers["Allow"]
+        response = answer({"error": f"use {allowed} here"}, 405)
+        response.headers["Allow"] = allowed
     except web.HTTPException as error:
-        texts = {404: NOT_HERE, 405: f"use {error.headers.get('Allow')} here"}
-        told = texts.get(error.status, error.text)
-        response = answer({"error": told}, error.status, error.headers)
+        response = answer({"error": error.text}, error.status)
     except StoreError as error:
         response = answer({"error": str(error)}, 503)
     except Exception:
         log.exception("unexpected error", path=str(request.rel_url))
         response = answer({"error": "unexpected error: the server's log has it"}, 500)
     method = request.method if request.method in hdrs.METH_ALL else "OTHER"
-    route = ROUTE_NAMES.get(handler, "none")  # none: a 404 or 405
+    route = ROUTE_NAMES.get(endpoint, "none")  # none: a 404 or 405
     histogram_of(method, route, response.status).observe(time.perf_counter() - began)
     return response
 
 
-def answer(data: object, status: int = 200, more: Mapping[str, str] = HEADERS) -> Response:
-    # HEADERS come last, because those of an aiohttp exception say that it is plain text.
-    headers = {**more, **HEADERS}
+def answer(data: object, status: int = 200) -> Response:
+    body = json.dumps(data).encode() + b"\n"
+    response = Response(body=body, status=status, headers=HEADERS)
     if status in (429, 503):
-        headers["Retry-After"] = "1"
-    return Response(body=json.dumps(data).encode() + b"\n", status=status, headers=headers)
+        response.headers["Retry-After"] = "1"
+    return response
 
 
 async def api(request: Request) -> Response:
@@ -185,8 +189,8 @@ async def stats(request: Request) -> Response:
     limit = number(request.query, "limit", NO_LIMIT)
     offset = number(request.query, "offset")
     day = day_asked_for(request)
-    # The first page is read here, so that a failure can be a 503. aiohttp reads the others
-    # while it sends the list, and none for HEAD.
+    # The first page is read here, so that a failure can be a 503. aiohttp reads the
+    # others while it sends the list, and none for HEAD.
     with store_for_reading(request) as store:
         hits, urls = await store.totals(day)
         headers = {**HEADERS, "X-Total-Hits": str(hits)}
@@ -209,8 +213,8 @@ async def matching(request: Request, pages: Pages, to_skip: int, to_pass: int) -
             yield passed
         to_skip = max(0, to_skip - len(found))
         to_pass -= len(passed)
-        # While nothing is found, nothing is sent. So aiohttp does not notice that a client
-        # has gone, but its transport is None then.
+        # While nothing is found, nothing is sent. So aiohttp does not notice that a
+        # client has gone, but its transport is None then.
         if not to_pass or request.transport is None:
             return
 
@@ -249,7 +253,7 @@ async def start_test_run(request: Request) -> Response:
     if from_another_site(request.headers):
         raise web.HTTPForbidden(text=OTHER_SITE)
     n = number(request.match_info, "n", limits=(1, most))
-    concurrency = number(request.query, "concurrency", 32, (1, 256))
+    concurrency = number(request.query, "concurrency", 32, limits=(1, 256))
     seed = number(request.query, "seed", random.getrandbits(30))
     if request.app[TEST_RUN].locked():
         raise web.HTTPTooManyRequests(text="wait: a test run is under way")
@@ -259,8 +263,9 @@ async def start_test_run(request: Request) -> Response:
     server = URL.build(scheme="http", host=host, port=port)
     async with request.app[TEST_RUN]:  # it is free, so this does not wait
         report = await send_requests(server, urls, concurrency)
-    report |= {"concurrency": concurrency, "seed": seed, "segments": segments}
-    return answer({"requested": n, **report})
+    return answer(
+        {"requested": n, **report, "concurrency": concurrency, "seed": seed, "segments": segments}
+    )
 
 
 def from_another_site(headers: Mapping[str, str]) -> bool:
@@ -317,8 +322,9 @@ def store_for_reading(request: Request) -> Iterator[Store]:
         raise StoreError(commits.reason)
     try:
         yield commits.store
-    # A TimeoutError is an OSError, too. RuntimeError is uvloop's, of a closed connection.
-    # ValueError and OverflowError are of int(), if "many" or infinity stands in Redis.
+    # A TimeoutError is an OSError, too. uvloop raises RuntimeError for a closed
+    # connection, and int() ValueError or OverflowError if "many" or infinity stands in
+    # Redis.
     except (redis.RedisError, OSError, RuntimeError, ValueError, OverflowError) as error:
         raise StoreError(f"Redis: {error}") from error
 
@@ -405,7 +411,7 @@ async def send_requests(server: URL, urls: Iterator[str], concurrency: int) -> d
 
 
 def random_urls(n: int, seed: int) -> tuple[list[str], Iterator[str]]:
-    """Three random segments, and n URLs of one to six of them each."""
+    """Three random segments, and n URLs, each of one to six of these segments."""
     rng = random.Random(seed)
     segments = [f"{drawn:06x}" for drawn in rng.sample(range(16**6), 3)]
     paths = (rng.choices(segments, k=rng.randint(1, 6)) for _ in range(n))
@@ -425,18 +431,18 @@ def summary(ms: list[float]) -> dict[str, float]:
 
 # --- Group commit -----------------------------------------------------------------------
 # The middleware awaits hit(). One INCR a request would cost more than the rest of the
-# request. So hits collect in a batch while the one before it is on its way to the store.
+# request. So hits collect in a batch while the batch before is on its way to the store.
 # No timer delays a hit: an idle server commits at once, a busy one in batches that grow
 # with its load (DeWitt et al., Implementation Techniques for Main Memory Database
 # Systems, 1984).
 #   A store that fails, or is too slow, is away. Then hits are held in a backlog, and no
-# request waits. When it is back, requests wait again, and each batch takes 128 kB of the
-# backlog along: so the backlog gets smaller however high the load is.
+# request waits. When the store is back, requests wait again, and each batch takes 128 kB
+# of the backlog along: so the backlog gets smaller however high the load is.
 PATIENCE = 1.0  # seconds that a commit may take while requests wait for it
 LONG_PATIENCE = 8.0  # seconds for a commit, and for connecting, while no request waits
 TAKEN_ALONG = 128 * 1024  # bytes of the backlog in a batch: about 800 URLs, 5 ms of Redis
 BACKLOG_BYTES = 64 * 1024**2
-# With these Redis is there, but says no. Hits are held all the same.
+# Errors of a Redis that is there, but says no. Then hits are held, too.
 REFUSALS = (redis.ResponseError, redis.AuthenticationError, redis.BusyLoadingError)
 
 HITS = prometheus.Counter("url_hits", "Hits that the store has counted")
@@ -456,11 +462,12 @@ class GroupCommit:
       backlog      is held until the store is back. No request waits for these hits.
 
     When the store fails, the open batch goes to the backlog, and sent is kept, to be sent
-    again. As all hits are held then, all requests are answered, and none waits any more.
+    again. As all hits are held then, all requests are answered. While the store is away,
+    new hits go to the backlog, the open batch stays empty, and no request waits.
 
     A server numbers its batches. Each is sent again under its number, unchanged, until the
     store has confirmed it, and the store takes no number twice. A server that is stopped
-    before that logs the batch and its number, and tools/recover.py sends it.
+    before that logs the batch with its number, so that tools/recover.py can send it.
     """
 
     def __init__(self, store: Store) -> None:
@@ -481,12 +488,13 @@ class GroupCommit:
 
     @property
     def away(self) -> bool:
-        return self.state != "connected"
+        return self.state != "connected"  # as when the server has just started
 
     async def hit(self, url: str) -> None:
         """Add a hit. Returns when the store has it or, while that is away, at once."""
-        # A full backlog takes no new URL, and neither does the open batch then: the store
-        # may be back, but if it fails again, the open batch goes to the backlog.
+        # While the backlog is full, a URL that is not in it is refused. This also holds
+        # in the first moments after the store is back: if it fails again, the open batch
+        # goes to the backlog.
         if self.backlog_bytes >= BACKLOG_BYTES and url not in self.backlog:
             raise StoreError("too many URLs wait for Redis: try again later")
         self.pending += 1
@@ -581,7 +589,7 @@ class GroupCommit:
         waiters.clear()
 
     def hold(self, error: Exception) -> None:
-        """The store has failed: from now on hits are held, and no request waits."""
+        """The store has failed: all hits are held now, and all requests answered."""
         state = "refuses" if isinstance(error, REFUSALS) else "disconnected"
         self.reason = str(error) or "no answer in time"  # a TimeoutError has no words
         if state != self.state:
@@ -595,7 +603,7 @@ class GroupCommit:
         self.release(self.open_waiters)
 
     def log_pending(self) -> None:
-        """A line for each batch that the store has not confirmed."""
+        """A line, with a number, for each batch that the store has not confirmed."""
         while self.sent or self.open_batch or self.backlog:
             if not self.sent:
                 self.close_batch()
@@ -660,7 +668,7 @@ redis.call('ZADD', rank, 'XX', 'INCR', 0, '')
 if keep_s > 0 then redis.call('ZADD', day_rank, 'XX', 'INCR', 0, '') end
 local urls = redis.call('ZCARD', rank)
 
--- 2. If this batch is new, note its number, and count it.
+-- 2. If this batch is new, note its number (by INCRBY, as that was tried), and count it.
 if sequence > seen then
   redis.call('INCRBY', noted, sequence - seen)
   local near_the_cap = urls + batch > max_urls  -- only then it matters whether a URL is new
@@ -692,9 +700,9 @@ if sequence > seen then
 end
 
 -- 3. This batch has been counted, but the reply was lost on its way to the server, which
--- sent the batch again. So make the same reply, and count nothing. Hits of a URL that has
--- no key went to (other). A key that takes 0 more has taken the hits, too; of one that
--- does not, add() reports the reason again.
+-- sent the batch again. So count nothing, but make the same reply, for the server's log
+-- and metrics. The hits of a URL that has no key went to (other). A key that takes 0 more
+-- has taken the hits, too. If a key does not, add() reports the reason again.
 for i = 1, batch do
   local key, hits = KEYS[6 + i], tonumber(ARGV[3 + i])
   if redis.call('EXISTS', key) == 0 then key = other end
@@ -708,8 +716,8 @@ return {counted, urls, spoiled}
 def address_of(url: str) -> dict[str, Any]:
     """Where Redis is, in options of redis-py. Others, such as time-outs, are left out."""
     # In redis://:12/34@host the password is 12/34, but redis-py would take 12 for a port,
-    # and the log would show it. So no @ may follow on a / or ?, and a # may stand nowhere.
-    # (In a password these three must be percent-encoded.)
+    # and the log would show it. So an @ may stand only before the first / or ?, and a #
+    # nowhere. (In a password, / ? # must be percent-encoded.)
     if not re.fullmatch(r"\w+://[^/?#]*([/?][^@#]*)?", url):
         raise ValueError
     known = "connection_class|host|port|path|db|username|password"
@@ -727,16 +735,16 @@ class RedisStore:
         kind = address.pop("connection_class", Connection)
         # Commits have a connection outside the pool, so that readers cannot hold them up.
         # It needs no lock, as only one task uses it, for one command at a time, and no
-        # time-out, as that task has one. This is how redis-py's Connection works:
-        # send_packed_command() connects if need be, and sends once. If it or
-        # read_response() fails or is cancelled, the connection is closed. So a late reply
-        # is never taken for that of the next command (tests/test_faults.py tries it).
+        # time-out, as that task sets one. redis-py's Connection works like this:
+        # send_packed_command() connects if need be, and sends once. If a call of it or of
+        # read_response() fails or is cancelled, the connection is closed. So the reply to
+        # one command is never taken for that to the next (tests/test_faults.py tries it).
         self.link = link = kind(socket_timeout=None, **address)
         self.where = address.get("path") or f"{link.host}:{link.port}/{link.db}"
         reading = {**address, "socket_timeout": 1, "socket_connect_timeout": 1}
-        reading["encoding_errors"] = "replace"  # as in commit()
-        # Firewalls forget idle connections. So after any error a reader tries again. With
-        # this option alone, redis-py does so once, without a pause.
+        reading["encoding_errors"] = "replace"  # see commit()
+        # Firewalls forget idle connections. So after any error a reader tries again: once
+        # and at once, as is redis-py's default if this option is given.
         reading["retry_on_error"] = [Exception]
         # A reader waits 5 s at most for one of 16. Lists use 8, so others get through.
         self.pool = BlockingConnectionPool(16, timeout=5, connection_class=kind, **reading)
@@ -750,10 +758,11 @@ class RedisStore:
 
     async def connect(self) -> None:
         """Connect to where the address leads now, and see if Redis takes commits."""
+        # Close all connections, so that the next command makes a new one.
         await self.link.disconnect(nowait=True)
         await self.pool.disconnect(inuse_connections=False)
-        # ping() connects. If a password is missing, Redis says so to a short command like
-        # this, but to a long one like the script it says "Protocol error".
+        # If a password is missing, Redis says so only to a short command. To a long one,
+        # like the script, it says "Protocol error".
         await self.ping()
         # A batch of number 0 is never new. So the script only rehearses.
         _, urls = await self.commit(0, {})
@@ -775,8 +784,8 @@ class RedisStore:
         keys = [f"url_commit:{self.instance}", "url_rank", "url_total", f"url_count:{OTHER}"]
         keys += [f"url_rank:{day}", f"url_total:{day}", *(f"url_count:{url}" for url in hits)]
         keep = self.settings.keep_days * 86_400
-        # Bytes of a path that are no UTF-8 stay percent-encoded in aiohttp's usual parser.
-        # That in Python makes surrogates of them, which count as "?".
+        # Bytes of a path that are no UTF-8 are percent-encoded by aiohttp's parser in C.
+        # Its parser in Python makes surrogates of them, and these count as "?".
         names = [key.encode(errors="replace") for key in keys]
         numbers = [sequence, self.settings.max_urls, keep, *hits.values()]
         counted, urls, spoiled = await self.call("EVAL", COMMIT, len(keys), *names, *numbers)
@@ -800,7 +809,7 @@ class RedisStore:
         return int(count), ahead + 1
 
     async def ranked(self, day: str, offset: int, limit: int) -> Pages:
-        """Most requested first, equal counts by descending URL: as ZREVRANGE has it."""
+        """Most requested first. Equal counts are by descending URL, in both stores."""
         key = of_day("url_rank", day)
         for start in range(offset, offset + limit, LIST_PAGE):
             last = min(start + LIST_PAGE, offset + limit) - 1
@@ -928,9 +937,9 @@ async def serve(settings: Namespace, listener: socket.socket) -> None:
             asyncio.get_running_loop().add_signal_handler(signum, stop.set)
     runner = web.AppRunner(
         create_app(settings),
-        # Many cookies exceed aiohttp's own limits, 8 kB and 128. Much higher ones would be
-        # no good: 64 kB of slashes keep its router busy for 284 ms, and headers without
-        # end fill the memory.
+        # Some browsers' cookies exceed aiohttp's own limits, 8 kB and 128 headers. Much
+        # higher limits would do harm: 64 kB of slashes keep aiohttp's router busy for
+        # 284 ms, and headers without end fill the memory.
         max_line_size=16_384,
         max_field_size=16_384,
         max_headers=256,
@@ -944,17 +953,18 @@ async def serve(settings: Namespace, listener: socket.socket) -> None:
     log.info("started", page=site.name)
     await stop.wait()
     await runner.cleanup()
-    # All is saved. Without this, Python waits for a thread that asks a name server for
-    # the address of Redis, which can hang for long.
+    # All is saved. sys.exit() would wait for a thread that asks a name server for Redis's
+    # address, and a name server can hang for long.
     os._exit(0)
 
 
 def prepare_process() -> None:
-    # If a standard stream is closed, the next file gets its number. If that were a socket,
-    # libuv would abort at the end. So open /dev/null until its number is above 2.
-    while os.open(os.devnull, os.O_RDWR) < 3:
+    # The standard streams have the numbers 0, 1 and 2. If one is closed, a socket could
+    # get its number, and libuv would abort at the end. So /dev/null takes these numbers
+    # first.
+    while os.open(os.devnull, os.O_RDWR) <= 2:
         pass
-    os.set_blocking(2, True)  # or a slow reader of the log makes it lose lines
+    os.set_blocking(2, True)  # if a reader of the log is slow, wait, and lose no line
     # A client is an open file. macOS does not tell how many it allows: 10,240 at least.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = min(most, 10_240) if sys.platform == "darwin" else most
