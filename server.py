@@ -17,9 +17,9 @@
 
 A request counts once, under its decoded path with a slash at the end. Its answer means
 that the hit is in Redis or, while Redis is away, held in memory (64 MB of URLs) until it
-is back. A hit counts for the UTC day on which it is sent to Redis. If something else than
-a number stands where Redis should have a count, the log says so, and this URL does not
-count. Errors are JSON: {"error": "what is wrong"}.
+is back. A hit counts for the UTC day on which it is sent to Redis. If the Redis key of a
+URL holds something else than a number, the log says so, and this URL does not count.
+Errors are JSON: {"error": "what is wrong"}.
 """
 
 import asyncio
@@ -113,7 +113,7 @@ def whole_number(name: str, lowest: int, highest: int, text: str) -> int:
 
 
 # --- Middleware and handlers ------------------------------------------------------------
-# The one middleware counts. A handler parses, asks the store, answers.
+# The middleware counts, not the handler: a handler parses, asks the store, answers.
 SETTINGS = web.AppKey("settings", Namespace)
 GROUP_COMMIT: "web.AppKey[GroupCommit]" = web.AppKey("group_commit")  # a class below
 STARTED = time.monotonic()
@@ -189,8 +189,9 @@ async def stats(request: Request) -> Response:
     limit = number(request.query, "limit", NO_LIMIT)
     offset = number(request.query, "offset")
     day = day_asked_for(request)
-    # The first page is read here, so that a failure can be a 503. aiohttp reads the
-    # others while it sends the list, and none for HEAD.
+    # The first page is read here, so that a failure can be a 503. The others are read by
+    # aiohttp, which takes an async iterator as a body, while it sends the list. For HEAD
+    # it reads none.
     with store_for_reading(request) as store:
         hits, urls = await store.totals(day)
         headers = {**HEADERS, "X-Total-Hits": str(hits)}
@@ -269,7 +270,7 @@ async def start_test_run(request: Request) -> Response:
 
 
 def from_another_site(headers: Mapping[str, str]) -> bool:
-    """Whether a page of another site made a browser send this (as Go's net/http tells it)."""
+    """Whether a page of another site made a browser send this (CrossOriginProtection in Go)."""
     site = headers.get("Sec-Fetch-Site")  # browsers send it since 2023
     if site:
         return site not in ("same-origin", "none")
@@ -322,9 +323,8 @@ def store_for_reading(request: Request) -> Iterator[Store]:
         raise StoreError(commits.reason)
     try:
         yield commits.store
-    # A TimeoutError is an OSError, too. uvloop raises RuntimeError for a closed
-    # connection, and int() ValueError or OverflowError if "many" or infinity stands in
-    # Redis.
+    # A TimeoutError is an OSError. uvloop raises RuntimeError for a closed connection.
+    # int() raises the other two, if a text or infinity stands in Redis.
     except (redis.RedisError, OSError, RuntimeError, ValueError, OverflowError) as error:
         raise StoreError(f"Redis: {error}") from error
 
@@ -355,7 +355,7 @@ def day_asked_for(request: Request) -> str:
 
 
 async def send_100_continue(request: Request) -> None:
-    """Answers every Expect header. aiohttp's own answer is 417, in plain text, to most."""
+    """Accept any Expect header. aiohttp itself answers 417 to some, in plain text."""
     if request.version == aiohttp.HttpVersion11:
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
@@ -492,9 +492,8 @@ class GroupCommit:
 
     async def hit(self, url: str) -> None:
         """Add a hit. Returns when the store has it or, while that is away, at once."""
-        # While the backlog is full, a URL that is not in it is refused. This also holds
-        # in the first moments after the store is back: if it fails again, the open batch
-        # goes to the backlog.
+        # While the backlog is full, a URL that is not in it is refused, even if the store
+        # is connected again: if the store failed, the open batch would go there, too.
         if self.backlog_bytes >= BACKLOG_BYTES and url not in self.backlog:
             raise StoreError("too many URLs wait for Redis: try again later")
         self.pending += 1
@@ -502,7 +501,7 @@ class GroupCommit:
             if url not in self.backlog:
                 self.backlog_bytes += size_of(url)
             self.backlog[url] += 1
-            return  # no wake: run() does not wait for hits while the store is away
+            return  # it needs no wake, as wait_for_hits() looks at pending first
         self.open_batch[url] += 1
         # A waiter for each request, so that one that is cancelled does not cancel others.
         waiter: asyncio.Future[None] = asyncio.Future()
@@ -520,7 +519,7 @@ class GroupCommit:
                 async with asyncio.timeout(PATIENCE):
                     await self.commit_batch()
             except Exception as error:  # whatever it is, no hit may be lost
-                pause = 0.1 if self.away else 0  # the first failure is tried again at once
+                pause = 0.1 if self.away else 0  # after the first failure, none
                 self.hold(error)
                 await asyncio.sleep(pause)
 
@@ -559,9 +558,9 @@ class GroupCommit:
             self.close_batch()
         with COMMIT_SECONDS.time():
             counted, urls = await self.store.commit(self.sequence, self.sent)
-        self.pending -= self.sent.total()  # all: the store has logged what it cannot count
+        self.pending -= self.sent.total()  # with hits that the store could only report
         self.sent = Counter()
-        self.release(self.sent_waiters)
+        release(self.sent_waiters)
         HITS.inc(counted)
         URLS.set(urls)
         if urls >= self.store.settings.max_urls:
@@ -581,13 +580,6 @@ class GroupCommit:
             taken += size_of(url)
         self.backlog_bytes -= taken
 
-    def release(self, waiters: list[asyncio.Future[None]]) -> None:
-        """Let these requests be answered."""
-        for waiter in waiters:
-            if not waiter.done():  # it is when its request was cancelled
-                waiter.set_result(None)
-        waiters.clear()
-
     def hold(self, error: Exception) -> None:
         """The store has failed: all hits are held now, and all requests answered."""
         state = "refuses" if isinstance(error, REFUSALS) else "disconnected"
@@ -599,8 +591,8 @@ class GroupCommit:
             self.backlog.update(self.open_batch)  # adds the hits of URLs that are in both
             self.backlog_bytes = sum(map(size_of, self.backlog))
             self.open_batch = Counter()
-        self.release(self.sent_waiters)
-        self.release(self.open_waiters)
+        release(self.sent_waiters)
+        release(self.open_waiters)
 
     def log_pending(self) -> None:
         """A line, with a number, for each batch that the store has not confirmed."""
@@ -619,6 +611,14 @@ class GroupCommit:
             }
             logging.error(json.dumps(facts))
             self.sent = Counter()
+
+
+def release(waiters: list[asyncio.Future[None]]) -> None:
+    """Let these requests be answered."""
+    for waiter in waiters:
+        if not waiter.done():  # it is when its request was cancelled
+            waiter.set_result(None)
+    waiters.clear()
 
 
 def size_of(url: str) -> int:
@@ -645,11 +645,11 @@ SPOILED = prometheus.Counter("url_keys_refused", "Times that a key could not be 
 # It replies with the hits that were counted, the number of URLs in the list, and pairs of
 # a key that could not be raised and the reason.
 COMMIT = """
-local noted, rank, total, other, day_rank, day_total = unpack(KEYS, 1, 6)
+local commit, rank, total, other, day_rank, day_total = unpack(KEYS, 1, 6)
 local sequence, max_urls, keep_s = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local batch = #KEYS - 6  -- URLs in it
-local counted, for_total, spoiled = 0, 0, {}
-local function add(key, hits)
+local counted, growth, spoiled = 0, 0, {}
+local function add(key, hits)  -- returns the new count, or nil
   local count = redis.pcall('INCRBY', key, hits)
   if type(count) == 'number' then return count end
   table.insert(spoiled, {key, count.err})
@@ -659,18 +659,18 @@ end
 -- Redis may refuse (a command without the right to it, a write when memory is full or on
 -- a read-only replica, a key of a wrong type), it must refuse here, before the number of
 -- the batch is noted. For this, each command of step 2 is called in a way that changes no
--- count: INCRBY by 0, and ZADD with XX, which adds no member. Only the keys that add()
--- increases are left out, since a refusal there is reported.
-local seen = redis.call('INCRBY', noted, 0)  -- number of the last batch that was counted
-redis.call('EXPIRE', noted, 24 * 60 * 60)
+-- count: INCRBY by 0, and ZADD with XX, which adds no member. The keys that add() will
+-- increase are not tried: if one of them holds no number, add() reports it, and goes on.
+local seen = redis.call('INCRBY', commit, 0)  -- number of the last batch that was counted
+redis.call('EXPIRE', commit, 24 * 60 * 60)
 redis.call('EXISTS', other)
 redis.call('ZADD', rank, 'XX', 'INCR', 0, '')
 if keep_s > 0 then redis.call('ZADD', day_rank, 'XX', 'INCR', 0, '') end
 local urls = redis.call('ZCARD', rank)
 
--- 2. If this batch is new, note its number (by INCRBY, as that was tried), and count it.
+-- 2. If this batch is new, note its number, by INCRBY as in step 1, and count it.
 if sequence > seen then
-  redis.call('INCRBY', noted, sequence - seen)
+  redis.call('INCRBY', commit, sequence - seen)
   local near_the_cap = urls + batch > max_urls  -- only then it matters whether a URL is new
   for i = 1, batch do
     local key, hits = KEYS[6 + i], tonumber(ARGV[3 + i])
@@ -681,16 +681,15 @@ if sequence > seen then
     if count then
       counted = counted + hits
       local url = key:sub(#'url_count:' + 1)
-      -- The list gets the count itself, so it cannot drift away from it. The total is the
-      -- sum of the list: it grows by these hits, or by the whole count if the URL is new
-      -- to the list. (An early version of this program, which had no list, may have
-      -- counted that URL before: then its count is more than these hits.)
+      -- The list gets the count itself, so that the two cannot drift apart.
       local is_new = redis.call('ZADD', rank, count, url) == 1
-      if is_new then for_total = for_total + count else for_total = for_total + hits end
+      -- The total is the sum of the list, and grows as the list does. (An early version
+      -- of this program had no list: its URLs come to the list with their whole count.)
+      if is_new then growth = growth + count else growth = growth + hits end
       if keep_s > 0 then redis.call('ZADD', day_rank, 'INCR', hits, url) end
     end
   end
-  add(total, for_total)
+  add(total, growth)
   if keep_s > 0 then
     add(day_total, counted)
     redis.call('EXPIRE', day_rank, keep_s)
@@ -706,8 +705,8 @@ end
 for i = 1, batch do
   local key, hits = KEYS[6 + i], tonumber(ARGV[3 + i])
   if redis.call('EXISTS', key) == 0 then key = other end
-  local deleted = redis.call('EXISTS', key) == 0  -- by hand, since then
-  if deleted or add(key, 0) then counted = counted + hits end
+  local gone = redis.call('EXISTS', key) == 0  -- somebody has deleted both since then
+  if gone or add(key, 0) then counted = counted + hits end
 end
 return {counted, urls, spoiled}
 """
@@ -716,9 +715,14 @@ return {counted, urls, spoiled}
 def address_of(url: str) -> dict[str, Any]:
     """Where Redis is, in options of redis-py. Others, such as time-outs, are left out."""
     # In redis://:12/34@host the password is 12/34, but redis-py would take 12 for a port,
-    # and the log would show it. So an @ may stand only before the first / or ?, and a #
-    # nowhere. (In a password, / ? # must be percent-encoded.)
-    if not re.fullmatch(r"\w+://[^/?#]*([/?][^@#]*)?", url):
+    # and the log would show it. So there must be no @ behind the host, and no # at all.
+    # (In a password, / ? # must be percent-encoded.)
+    form = (
+        r"\w+://"  # redis://, rediss:// or unix://
+        "[^/?#]*"  # user:password@host:port
+        "([/?][^@#]*)?"  # /database, or the path of a socket, and ?options
+    )
+    if not re.fullmatch(form, url):
         raise ValueError
     known = "connection_class|host|port|path|db|username|password"
     known += "|ssl_(ca_certs|certfile|keyfile|cert_reqs|check_hostname)"
@@ -743,8 +747,8 @@ class RedisStore:
         self.where = address.get("path") or f"{link.host}:{link.port}/{link.db}"
         reading = {**address, "socket_timeout": 1, "socket_connect_timeout": 1}
         reading["encoding_errors"] = "replace"  # see commit()
-        # Firewalls forget idle connections. So after any error a reader tries again: once
-        # and at once, as is redis-py's default if this option is given.
+        # Firewalls forget idle connections. So a reader tries again after any error: once
+        # and without a pause, which is what redis-py makes of this option.
         reading["retry_on_error"] = [Exception]
         # A reader waits 5 s at most for one of 16. Lists use 8, so others get through.
         self.pool = BlockingConnectionPool(16, timeout=5, connection_class=kind, **reading)
@@ -752,13 +756,13 @@ class RedisStore:
         self.list_slots = asyncio.Semaphore(8)
 
     async def call(self, *command: Any) -> Any:
-        """Redis's reply to a command of GroupCommit."""
+        """Redis's reply to a command that goes by the link."""
         await self.link.send_packed_command(pack_command(command))
         return await self.link.read_response()
 
     async def connect(self) -> None:
         """Connect to where the address leads now, and see if Redis takes commits."""
-        # Close all connections, so that the next command makes a new one.
+        # Close what is not in use, so that the next command connects anew.
         await self.link.disconnect(nowait=True)
         await self.pool.disconnect(inuse_connections=False)
         # If a password is missing, Redis says so only to a short command. To a long one,
@@ -833,10 +837,10 @@ class MemoryStore:
         self.settings = settings
         self.counts: dict[str, Counter[str]] = {ALL_TIME: Counter()}  # and for each day
 
-    async def connect(self) -> None:
+    async def nothing(self) -> None:
         """Memory is always there."""
 
-    ping = close = connect
+    connect = ping = close = nothing
 
     async def commit(self, sequence: int, hits: Mapping[str, int]) -> tuple[int, int]:
         counts = self.counts[ALL_TIME]
@@ -846,9 +850,9 @@ class MemoryStore:
                 url = OTHER
             counts[url] += n
             today[url] += n
-        first_kept = utc_day(ago=self.settings.keep_days - 1)  # with 0 days this is tomorrow
+        last_day_gone = utc_day(ago=self.settings.keep_days)
         for day in self.counts.keys() - {ALL_TIME}:
-            if day < first_kept:
+            if day <= last_day_gone:
                 del self.counts[day]
         return sum(hits.values()), len(counts)
 
@@ -953,8 +957,8 @@ async def serve(settings: Namespace, listener: socket.socket) -> None:
     log.info("started", page=site.name)
     await stop.wait()
     await runner.cleanup()
-    # All is saved. sys.exit() would wait for a thread that asks a name server for Redis's
-    # address, and a name server can hang for long.
+    # All is saved. Without this line Python would wait for the thread that looks up the
+    # address of Redis, and a name server can hang for long.
     os._exit(0)
 
 
