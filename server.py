@@ -17,9 +17,9 @@
 
 A request counts once, under its decoded path with a slash at the end. Its answer means
 that the hit is in Redis or, while Redis is away, held in memory (64 MB of URLs) until it
-is back. A hit counts for the UTC day on which it is sent to Redis. If the Redis key of a
-URL holds something else than a number, the log says so, and this URL does not count.
-Errors are JSON: {"error": "what is wrong"}.
+is back. There is one exception: if the Redis key of the URL holds something else than a
+number, the hit does not count, and the log says so. A hit counts for the UTC day on which
+it is sent to Redis. Errors are JSON: {"error": "what is wrong"}.
 """
 
 import asyncio
@@ -113,9 +113,9 @@ def whole_number(name: str, lowest: int, highest: int, text: str) -> int:
 
 
 # --- Middleware and handlers ------------------------------------------------------------
-# The middleware counts, not the handler: a handler parses, asks the store, answers.
+# The one middleware counts. A handler parses, asks the store, answers.
 SETTINGS = web.AppKey("settings", Namespace)
-GROUP_COMMIT: "web.AppKey[GroupCommit]" = web.AppKey("group_commit")  # a class below
+GROUP_COMMIT: "web.AppKey[GroupCommit]" = web.AppKey("group_commit")  # GroupCommit stands below
 STARTED = time.monotonic()
 TEST_RUN = web.AppKey("test_run", asyncio.Lock)  # is held by the test run under way
 COUNTED_AS = web.RequestKey("counted_as", str)  # like an AppKey, but of one request
@@ -186,7 +186,7 @@ async def api(request: Request) -> Response:
 
 async def stats(request: Request) -> Response:
     refuse_unknown(request, "limit", "offset", "day", "contains")
-    limit = number(request.query, "limit", NO_LIMIT)
+    limit = number(request.query, "limit", default=NO_LIMIT)
     offset = number(request.query, "offset")
     day = day_asked_for(request)
     # The first page is read here, so that a failure can be a 503. The others are read by
@@ -215,7 +215,7 @@ async def matching(request: Request, pages: Pages, to_skip: int, to_pass: int) -
         to_skip = max(0, to_skip - len(found))
         to_pass -= len(passed)
         # While nothing is found, nothing is sent. So aiohttp does not notice that a
-        # client has gone, but its transport is None then.
+        # client has gone, but request.transport is None then.
         if not to_pass or request.transport is None:
             return
 
@@ -254,8 +254,8 @@ async def start_test_run(request: Request) -> Response:
     if from_another_site(request.headers):
         raise web.HTTPForbidden(text=OTHER_SITE)
     n = number(request.match_info, "n", limits=(1, most))
-    concurrency = number(request.query, "concurrency", 32, limits=(1, 256))
-    seed = number(request.query, "seed", random.getrandbits(30))
+    concurrency = number(request.query, "concurrency", default=32, limits=(1, 256))
+    seed = number(request.query, "seed", default=random.getrandbits(30))
     if request.app[TEST_RUN].locked():
         raise web.HTTPTooManyRequests(text="wait: a test run is under way")
     segments, urls = random_urls(n, seed)
@@ -324,7 +324,7 @@ def store_for_reading(request: Request) -> Iterator[Store]:
     try:
         yield commits.store
     # A TimeoutError is an OSError. uvloop raises RuntimeError for a closed connection.
-    # int() raises the other two, if a text or infinity stands in Redis.
+    # int() raises ValueError or OverflowError if a text or infinity stands in Redis.
     except (redis.RedisError, OSError, RuntimeError, ValueError, OverflowError) as error:
         raise StoreError(f"Redis: {error}") from error
 
@@ -355,7 +355,7 @@ def day_asked_for(request: Request) -> str:
 
 
 async def send_100_continue(request: Request) -> None:
-    """Accept any Expect header. aiohttp itself answers 417 to some, in plain text."""
+    """Accept any Expect header. aiohttp itself answers some with 417, in plain text."""
     if request.version == aiohttp.HttpVersion11:
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
@@ -492,21 +492,21 @@ class GroupCommit:
 
     async def hit(self, url: str) -> None:
         """Add a hit. Returns when the store has it or, while that is away, at once."""
-        # While the backlog is full, a URL that is not in it is refused, even if the store
-        # is connected again: if the store failed, the open batch would go there, too.
+        # A full backlog takes no new URL. Nor does the open batch then, although the store
+        # may be connected again: if it fails, the open batch goes to the backlog.
         if self.backlog_bytes >= BACKLOG_BYTES and url not in self.backlog:
             raise StoreError("too many URLs wait for Redis: try again later")
         self.pending += 1
+        self.wake.set()
         if self.away:
             if url not in self.backlog:
                 self.backlog_bytes += size_of(url)
             self.backlog[url] += 1
-            return  # it needs no wake, as wait_for_hits() looks at pending first
+            return
         self.open_batch[url] += 1
         # A waiter for each request, so that one that is cancelled does not cancel others.
         waiter: asyncio.Future[None] = asyncio.Future()
         self.open_waiters.append(waiter)
-        self.wake.set()
         await waiter
 
     async def run(self) -> None:
@@ -519,7 +519,7 @@ class GroupCommit:
                 async with asyncio.timeout(PATIENCE):
                     await self.commit_batch()
             except Exception as error:  # whatever it is, no hit may be lost
-                pause = 0.1 if self.away else 0  # after the first failure, none
+                pause = 0.1 if self.away else 0  # none if this is the first failure
                 self.hold(error)
                 await asyncio.sleep(pause)
 
@@ -558,7 +558,7 @@ class GroupCommit:
             self.close_batch()
         with COMMIT_SECONDS.time():
             counted, urls = await self.store.commit(self.sequence, self.sent)
-        self.pending -= self.sent.total()  # with hits that the store could only report
+        self.pending -= self.sent.total()  # also of keys that could only be reported
         self.sent = Counter()
         release(self.sent_waiters)
         HITS.inc(counted)
@@ -631,10 +631,10 @@ def size_of(url: str) -> int:
 #   url_rank                sorted set: the same counts in order, for lists and ranks
 #   url_total               the sum of url_rank
 #   url_rank:2026-11-26, url_total:2026-11-26   hits of one UTC day. Both expire KEEP_DAYS
-#                           days after the last hit of that day
-#   url_commit:<instance>   number of the last batch that one server has sent. It expires
-#                           after 24 hours: a batch that is sent again later than that may
-#                           be counted twice
+#                           days after its last hit (in memory, after it began)
+#   url_commit:<instance>   number of the last batch of one server that was counted. It
+#                           expires after 24 hours: a batch that is sent again later than
+#                           that may be counted twice
 # If url_rank and url_total are lost, tools/reindex.py makes them again from the counts.
 OTHER = "(other)"
 LIST_PAGE = 200  # URLs read at a time: so many stay in memory if a client stops reading
@@ -700,8 +700,8 @@ end
 
 -- 3. This batch has been counted, but the reply was lost on its way to the server, which
 -- sent the batch again. So count nothing, but make the same reply, for the server's log
--- and metrics. The hits of a URL that has no key went to (other). A key that takes 0 more
--- has taken the hits, too. If a key does not, add() reports the reason again.
+-- and metrics. The hits of a URL that has no key went to (other). A key that refused its
+-- hits refuses 0, too, so add() finds the same reasons again.
 for i = 1, batch do
   local key, hits = KEYS[6 + i], tonumber(ARGV[3 + i])
   if redis.call('EXISTS', key) == 0 then key = other end
@@ -746,7 +746,7 @@ class RedisStore:
         self.link = link = kind(socket_timeout=None, **address)
         self.where = address.get("path") or f"{link.host}:{link.port}/{link.db}"
         reading = {**address, "socket_timeout": 1, "socket_connect_timeout": 1}
-        reading["encoding_errors"] = "replace"  # see commit()
+        reading["encoding_errors"] = "replace"  # as commit() does
         # Firewalls forget idle connections. So a reader tries again after any error: once
         # and without a pause, which is what redis-py makes of this option.
         reading["retry_on_error"] = [Exception]
@@ -784,7 +784,7 @@ class RedisStore:
     async def commit(self, sequence: int, hits: Mapping[str, int]) -> tuple[int, int]:
         """Add {url: hits}, once for each number. Returns hits counted, number of URLs."""
         day = utc_day()
-        # Six keys and those of the URLs; then three numbers and the hits of the URLs.
+        # In the order of COMMIT's first lines, and then for each URL its key and its hits.
         keys = [f"url_commit:{self.instance}", "url_rank", "url_total", f"url_count:{OTHER}"]
         keys += [f"url_rank:{day}", f"url_total:{day}", *(f"url_count:{url}" for url in hits)]
         keep = self.settings.keep_days * 86_400
@@ -957,7 +957,7 @@ async def serve(settings: Namespace, listener: socket.socket) -> None:
     log.info("started", page=site.name)
     await stop.wait()
     await runner.cleanup()
-    # All is saved. Without this line Python would wait for the thread that looks up the
+    # All is saved. Without this line the process would wait for a thread that looks up the
     # address of Redis, and a name server can hang for long.
     os._exit(0)
 
