@@ -982,7 +982,7 @@ def configure_logging() -> None:
     # The standard library's loggers survive a log that cannot be written (a full disk).
     structlog.configure((*stamps, render), logger_factory=structlog.stdlib.LoggerFactory())
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # clients' errors
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # no line for a request
 
 
 def main() -> None:
