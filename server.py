@@ -788,8 +788,8 @@ class RedisStore:
         keys = [f"url_commit:{self.instance}", "url_rank", "url_total", f"url_count:{OTHER}"]
         keys += [f"url_rank:{day}", f"url_total:{day}", *(f"url_count:{url}" for url in hits)]
         keep = self.settings.keep_days * 86_400
-        # Bytes of a path that are no UTF-8 are percent-encoded by aiohttp's parser in C.
-        # Its parser in Python makes surrogates of them, and these count as "?".
+        # aiohttp's parser in C takes no raw bytes in a path. Its parser in Python makes
+        # surrogates of those that are no UTF-8, and they count as "?".
         names = [key.encode(errors="replace") for key in keys]
         numbers = [sequence, self.settings.max_urls, keep, *hits.values()]
         counted, urls, spoiled = await self.call("EVAL", COMMIT, len(keys), *names, *numbers)
