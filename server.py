@@ -717,12 +717,7 @@ def address_of(url: str) -> dict[str, Any]:
     # In redis://:12/34@host the password is 12/34, but redis-py would take 12 for a port,
     # and the log would show it. So there must be no @ behind the host, and no # at all.
     # (In a password, / ? # must be percent-encoded.)
-    form = (
-        r"\w+://"  # redis://, rediss:// or unix://
-        "[^/?#]*"  # user:password@host:port
-        "([/?][^@#]*)?"  # /database, or the path of a socket, and ?options
-    )
-    if not re.fullmatch(form, url):
+    if not re.fullmatch(r"\w+://[^/?#]*([/?][^@#]*)?", url):
         raise ValueError
     known = "connection_class|host|port|path|db|username|password"
     known += "|ssl_(ca_certs|certfile|keyfile|cert_reqs|check_hostname)"
