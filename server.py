@@ -880,8 +880,8 @@ def utc_day(ago: int = 0) -> str:
 
 
 # --- Start and stop ---------------------------------------------------------------------
-# No request is answered before the store is connected, or a second has passed. The store
-# closes when all requests are answered, and their hits are committed or in the log.
+# Requests are answered once the store is connected, or after two seconds at most. The
+# store closes when all requests are answered, and their hits are committed or in the log.
 async def choose_store(settings: Namespace) -> Store:
     """Redis. But if REDIS_URL is not set, and there is no local Redis to use, memory."""
     store = RedisStore(settings)
