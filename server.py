@@ -15,10 +15,10 @@
     GET /health           {"status": "healthy", "redis": "connected", ...}, or 503
     GET /metrics, GET /   figures for Prometheus; the live page
 
-A request counts once, under its decoded path with a slash at the end. Its answer means
-that the hit is in Redis or, while Redis is away, held in memory (64 MB of URLs) until it
-is back. There is one exception: if the Redis key of the URL holds something else than a
-number, the hit does not count, and the log says so. A hit counts for the UTC day on which
+A request counts once, under its decoded path with a slash at the end. A 200 means that
+the hit is in Redis or, while Redis is away, held in memory (64 MB of URLs) until it is
+back. If the Redis key of a URL holds something else than a number, its hits are answered
+with 200, too, but do not count, and the log says so. A hit counts for the UTC day on which
 it is sent to Redis. Errors are JSON: {"error": "what is wrong"}.
 """
 
@@ -492,8 +492,9 @@ class GroupCommit:
 
     async def hit(self, url: str) -> None:
         """Add a hit. Returns when the store has it or, while that is away, at once."""
-        # A full backlog takes no new URL. Nor does the open batch then, although the store
-        # may be connected again: if it fails, the open batch goes to the backlog.
+        # While the backlog is full, a hit of a URL that is not in it is refused. This must
+        # be so even when the store is connected again, because a store that fails once
+        # more adds the open batch to the backlog.
         if self.backlog_bytes >= BACKLOG_BYTES and url not in self.backlog:
             raise StoreError("too many URLs wait for Redis: try again later")
         self.pending += 1
@@ -558,7 +559,7 @@ class GroupCommit:
             self.close_batch()
         with COMMIT_SECONDS.time():
             counted, urls = await self.store.commit(self.sequence, self.sent)
-        self.pending -= self.sent.total()  # also of keys that could only be reported
+        self.pending -= self.sent.total()  # all: what cannot be counted is logged
         self.sent = Counter()
         release(self.sent_waiters)
         HITS.inc(counted)
@@ -631,7 +632,7 @@ def size_of(url: str) -> int:
 #   url_rank                sorted set: the same counts in order, for lists and ranks
 #   url_total               the sum of url_rank
 #   url_rank:2026-11-26, url_total:2026-11-26   hits of one UTC day. Both expire KEEP_DAYS
-#                           days after its last hit (in memory, after it began)
+#                           days after the last hit (in memory, after the day began)
 #   url_commit:<instance>   number of the last batch of one server that was counted. It
 #                           expires after 24 hours: a batch that is sent again later than
 #                           that may be counted twice
@@ -700,8 +701,8 @@ end
 
 -- 3. This batch has been counted, but the reply was lost on its way to the server, which
 -- sent the batch again. So count nothing, but make the same reply, for the server's log
--- and metrics. The hits of a URL that has no key went to (other). A key that refused its
--- hits refuses 0, too, so add() finds the same reasons again.
+-- and metrics. The hits of a URL that has no key went to (other). A key that holds no
+-- number refuses 0, as it refused its hits, so add() reports it again.
 for i = 1, batch do
   local key, hits = KEYS[6 + i], tonumber(ARGV[3 + i])
   if redis.call('EXISTS', key) == 0 then key = other end
@@ -880,8 +881,9 @@ def utc_day(ago: int = 0) -> str:
 
 
 # --- Start and stop ---------------------------------------------------------------------
-# Requests are answered once the store is connected, or after two seconds at most. The
-# store closes when all requests are answered, and their hits are committed or in the log.
+# At the start, requests are answered once the store is connected, or after two seconds.
+# At the end, the store closes when all requests are answered, and their hits are in it or
+# in the log.
 async def choose_store(settings: Namespace) -> Store:
     """Redis. But if REDIS_URL is not set, and there is no local Redis to use, memory."""
     store = RedisStore(settings)
