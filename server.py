@@ -782,7 +782,8 @@ class RedisStore:
         day = utc_day()
         # In the order of COMMIT's first lines, and then for each URL its key and its hits.
         keys = [f"url_commit:{self.instance}", "url_rank", "url_total", f"url_count:{OTHER}"]
-        keys += [f"url_rank:{day}", f"url_total:{day}", *(f"url_count:{url}" for url in hits)]
+        keys += [of_day("url_rank", day), of_day("url_total", day)]
+        keys += [f"url_count:{url}" for url in hits]
         keep = self.settings.keep_days * 86_400
         # aiohttp's parser in C takes no raw bytes in a path. Its parser in Python makes
         # surrogates of those that are no UTF-8, and they count as "?".
@@ -938,9 +939,9 @@ async def serve(settings: Namespace, listener: socket.socket) -> None:
             asyncio.get_running_loop().add_signal_handler(signum, stop.set)
     runner = web.AppRunner(
         create_app(settings),
-        # Some browsers' cookies exceed aiohttp's own limits, 8 kB and 128 headers. Much
-        # higher limits would do harm: 64 kB of slashes keep aiohttp's router busy for
-        # 284 ms, and headers without end fill the memory.
+        # Cookies can exceed aiohttp's own limits, 8 kB and 128 headers. Much higher limits
+        # would do harm: 64 kB of slashes keep aiohttp's router busy for 284 ms, and headers
+        # without end fill the memory.
         max_line_size=16_384,
         max_field_size=16_384,
         max_headers=256,

@@ -89,8 +89,8 @@ def index(client: redis.Redis, keys: list[bytes]) -> list[bytes]:
 
 def connect(url: str) -> redis.Redis:
     """A client for the address in url. Raises what redis-py likes if that is no good."""
-    # redis-py would read redis://:12/34@host, where 12/34 is the password, as port 12, and this
-    # would be shown. So after the host no @ is let through, and nowhere a #.
+    # In redis://:12/34@host the password is 12/34, but redis-py would take 12 for a port, and it
+    # would be shown. So there must be no @ behind the host, and no # at all.
     if not re.fullmatch(r"\w+://[^/?#]*([/?][^@#]*)?", url):
         raise ValueError
     said: dict[str, Any] = parse_url(url)  # type: ignore[no-untyped-call]
